@@ -1,0 +1,495 @@
+"""The `attnlab` command: atlas, show, train, sample, doctor, bench, book.
+
+Each command imports what it needs when it runs, so that `attnlab --help` answers at once.  A
+mistake is told in one line on stderr (exit code 2; 1 where the machine is to blame); `attnlab
+--debug …` shows the traceback.
+"""
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="attnlab",
+    help="The laboratory of attention: look mechanisms up, train with them, measure them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+_settings = {"debug": False}
+BENCHMARKS = ("memory", "time", "window", "train")
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+) -> None:
+    _settings["debug"] = debug
+
+
+def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a command whose errors are told in one line."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **options: Any) -> Any:
+            try:
+                return function(*args, **options)
+            except KeyboardInterrupt:
+                _fail("interrupted", 130)
+            except Exception as error:
+                code = _exit_code(error)
+                if _settings["debug"] or code is None:
+                    raise
+                _fail(" ".join(str(error).split()) or type(error).__name__, code)
+
+        return app.command(name)(run)
+
+    return register
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for a mistake of the user's, 1 for the machine's, None for what must not be hidden."""
+    from click.exceptions import ClickException
+
+    if isinstance(error, (typer.Exit, typer.Abort, ClickException)):
+        return None
+    if type(error).__name__ == "CheckpointError":  # its module is heavy to import
+        return 2
+    if isinstance(error, (ValueError, TypeError, NotImplementedError)):
+        return 2
+    return 1 if isinstance(error, (OSError, FloatingPointError, ImportError)) else None
+
+
+def _fail(message: str, code: int) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text.assemble(("error: ", "bold red"), message)
+    Console(stderr=True, soft_wrap=True).print(line)
+    raise typer.Exit(code)
+
+
+def _console(stderr: bool = False):
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@command("atlas")
+def atlas(
+    family: Annotated[str | None, typer.Option(help="Such as positional.")] = None,
+    pattern: Annotated[str | None, typer.Option(help='Such as "causal self".')] = None,
+    complexity: Annotated[
+        str | None,
+        typer.Option(help='Part of the time or memory, such as "T·S" or "O(T + S)"; or linear.'),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for programs, on stdout.")] = False,
+) -> None:
+    """The catalogue of mechanisms."""
+    from attnlab.atlas import entries as gather
+
+    entries = list(gather().values())
+    if family is not None:
+        _check_choice("family", family, {entry.family for entry in entries})
+        entries = [entry for entry in entries if entry.family == family]
+    if pattern is not None:
+        _check_choice("pattern", pattern, {p for entry in entries for p in entry.patterns})
+        entries = [entry for entry in entries if pattern in entry.patterns]
+    if complexity is not None:
+        entries = [entry for entry in entries if _has_complexity(entry, complexity)]
+    if as_json:
+        print(json.dumps([entry.as_dict() for entry in entries], indent=2, ensure_ascii=False))
+        return
+    _console().print(_atlas_table(entries))
+
+
+def _atlas_table(entries: list[Any]):
+    """Entries under a line for each family, narrow enough for 80 columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    count = f"{len(entries)} mechanism{'' if len(entries) == 1 else 's'}"
+    caption = f"{count}; attnlab show ID tells more about one"
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left"
+    )
+    for column in ("id", "self", "cross"):
+        table.add_column(column, no_wrap=True)
+    for column in ("time", "memory", "paper"):
+        table.add_column(column)
+    family = None
+    for entry in sorted(entries, key=lambda entry: (entry.family, entry.id)):
+        if entry.family != family:
+            family = entry.family
+            table.add_row(Text(family, "dim italic"))
+        table.add_row(
+            Text(f"  {entry.id}", "bold cyan"),
+            _kinds(entry.patterns, "self"),
+            _kinds(entry.patterns, "cross"),
+            entry.time,
+            entry.memory,
+            Text(f"{_first_author(entry.paper.authors)} {entry.paper.year}"),
+        )
+    return table
+
+
+def _first_author(authors: str) -> str:
+    first = authors.replace(" &", ",").split(",")[0].removesuffix(" et al.")
+    return first if first == authors else f"{first} et al."
+
+
+def _kinds(patterns: tuple[str, ...], where: str) -> str:
+    """Which of causal and noncausal attention there is: "both", one of them, or a dash."""
+    kinds = [pattern.split()[0] for pattern in patterns if pattern.endswith(where)]
+    return "both" if len(kinds) == 2 else (kinds[0] if kinds else "–")
+
+
+def _check_choice(option: str, value: str, known: set[str]) -> None:
+    if value not in known:
+        raise ValueError(f"--{option}: {value!r} is none of {', '.join(sorted(known))}.")
+
+
+def _has_complexity(entry: Any, wanted: str) -> bool:
+    def plain(text: str) -> str:
+        return "".join(text.lower().replace("*", "·").split())
+
+    if wanted.lower() == "linear":
+        return "linear-memory" in entry.properties
+    return any(plain(wanted) in plain(cost) for cost in (entry.time, entry.memory))
+
+
+def _where(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+@command("show")
+def show(id: Annotated[str, typer.Argument(help="The id, as `attnlab atlas` lists it.")]) -> None:
+    """One mechanism: formula, paper, patterns, cost, how to use it."""
+    from attnlab.atlas import get
+
+    entry = get(id)
+    from rich.console import Group
+    from rich.markdown import Markdown
+    from rich.panel import Panel
+    from rich.syntax import Syntax
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, value in {
+        "family": entry.family,
+        "patterns": ", ".join(entry.patterns),
+        "time": entry.time,
+        "memory": entry.memory,
+        "exact": entry.exact,
+        "properties": ", ".join(sorted(entry.properties)) or "none claimed",
+        "function": _where(entry.function) + _signature(entry.function),
+        "module": _where(entry.module),
+        "source": entry.source,
+    }.items():
+        facts.add_row(name, Text(value))
+    paper = entry.paper
+    cited = Text.assemble(
+        (f"{paper.title}\n", "italic"),
+        f"{paper.authors} ({paper.year})",
+        f"\n{paper.venue}" if paper.venue else "",
+        (f"\n{paper.url}" if paper.url else "", "cyan"),
+    )
+    console = _console()
+    console.print(
+        Panel(
+            Group(Markdown(entry.summary), Text(f"\n{entry.formula.strip()}", style="green")),
+            title=f"[bold]{entry.title}[/] [dim]({entry.id})[/]",
+            title_align="left",
+        ),
+        Panel(cited, title="paper", title_align="left"),
+        Panel(facts, title="facts", title_align="left"),
+        Panel(
+            Syntax(usage(entry), "python", background_color="default", word_wrap=True),
+            title="use",
+            title_align="left",
+        ),
+    )
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    names = inspect.signature(function).parameters
+    return f"({', '.join(names)})"
+
+
+def usage(entry: Any) -> str:
+    """A program that uses the entry in a model, as text that runs."""
+    causal = "causal self" in entry.patterns
+    mask = ", mask=attnlab.masks.Causal()" if causal else ""
+    lines = [
+        "import jax",
+        "from flax import nnx",
+        "import attnlab",
+        "",
+        f'mechanism = attnlab.atlas.get("{entry.id}").build(4, 32, rngs=nnx.Rngs(0))',
+        "layer = attnlab.MultiHeadAttention(128, 4, mechanism=mechanism, rngs=nnx.Rngs(1))",
+        "x = jax.random.normal(jax.random.key(0), (2, 16, 128))",
+        f"y = layer(x{mask})  # (2, 16, 128)",
+    ]
+    if causal:
+        lines += ["", f"# on real text:  attnlab train --attention {entry.id} --data stdlib"]
+    return "\n".join(lines)
+
+
+@command("train")
+def train(
+    attention: Annotated[str | None, typer.Option(help="Atlas id of a causal mechanism.")] = None,
+    data: Annotated[str | None, typer.Option(help="shakespeare, stdlib, or a text file.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    context: Annotated[int | None, typer.Option(help="Characters per row.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Transformer blocks.")] = None,
+    width: Annotated[int | None, typer.Option(help="Features of the residual stream.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads; default: as many.")] = None,
+    gated: Annotated[bool | None, typer.Option(help="A gated MLP.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout rate.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's decay of matrices.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Parameters, batches and dropout.")] = None,
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run; nothing is saved without it.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 250,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the folder's newest checkpoint.")
+    ] = False,
+    resume_step: Annotated[
+        int | None, typer.Option(help="Go on from this step's checkpoint instead.")
+    ] = None,
+    implementation: Annotated[str, typer.Option(help="How attention is computed.")] = "auto",
+    sample_length: Annotated[int, typer.Option(min=0, help="Characters to show at the end.")] = 200,
+) -> None:
+    """Train a small language model, character by character.
+
+    Defaults: bam on shakespeare, 4 layers of width 128, context 256, 2000 steps; about what two
+    CPU cores do in several minutes.
+    """
+    given = {
+        "data": {"source": data},
+        "model": {
+            "attention": attention,
+            "num_layers": layers,
+            "features": width,
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "gated": gated,
+            "dropout_rate": dropout,
+        },
+        "train": {
+            "steps": steps,
+            "context": context,
+            "batch_size": batch,
+            "learning_rate": lr,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "seed": seed,
+        },
+    }
+    given = {
+        part: {name: value for name, value in values.items() if value is not None}
+        for part, values in given.items()
+    }
+    resume = resume or resume_step is not None
+    if resume and checkpoint_dir is None:
+        raise ValueError("--resume: needs --checkpoint-dir, the folder of the run to go on with.")
+    from attnlab.training.checkpoint import RunFolder
+    from attnlab.training.language import train_language_model
+    from attnlab.training.reporter import Reporter
+
+    console = _console()
+    if resume:
+        folder = RunFolder.open(checkpoint_dir)
+        config = folder.config
+        _check_agreement(given, config)
+        corpus = _corpus(config.data.source)
+        found = folder.steps()
+        at = resume_step if resume_step is not None else (found[-1] if found else 0)
+        which = folder.folder(at) if found else "the start: no checkpoint was finished"
+        done = ", which is its end" if at == config.train.steps else ""
+        text = f"resuming at step {at} of {config.train.steps}{done}, from {which}"
+        console.print(text, soft_wrap=True, highlight=False)
+    else:
+        corpus = _corpus(given["data"].get("source", "shakespeare"))
+        config = _new_config(given, corpus)
+        _check_model(config)
+        folder = None if checkpoint_dir is None else RunFolder.create(checkpoint_dir, config)
+    model_text = f"{config.model.num_layers} layers × {config.model.features} features"
+    console.print(
+        f"{config.model.attention} on {corpus.name}: {len(corpus.train):,} characters to train on,"
+        f" {model_text}, context {config.train.context}",
+        soft_wrap=True,
+    )
+    with Reporter(console) as reporter:
+        model, _ = train_language_model(
+            corpus,
+            config,
+            folder=folder,
+            save_every=checkpoint_every,
+            resume=resume,
+            step=resume_step,
+            evaluate_every=evaluate_every,
+            implementation=implementation,
+            report=reporter,
+        )
+    if sample_length:
+        console.print(_sample(model, corpus.vocabulary, "\n", sample_length), markup=False)
+    if folder is None:
+        console.print("nothing was saved; --checkpoint-dir DIR keeps a run", style="dim")
+    else:
+        console.print(
+            f"saved; sample from it with: attnlab sample --checkpoint {checkpoint_dir}",
+            style="dim",
+            soft_wrap=True,
+        )
+
+
+def _corpus(source: str):
+    from attnlab.tasks.text import load_corpus
+
+    return load_corpus(source)
+
+
+def _new_config(given: dict[str, dict[str, Any]], corpus: Any):
+    from attnlab.training.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+
+    train = dict(given["train"])
+    steps = train.setdefault("steps", TrainConfig.steps)
+    train.setdefault("warmup", min(TrainConfig.warmup, max(steps // 10, 0)))
+    data = DataConfig(corpus.name, corpus.vocabulary.characters)
+    return RunConfig(data, ModelConfig(**given["model"]), TrainConfig(**train))
+
+
+def _check_model(config: Any) -> None:
+    """Refuses a wrong model before a folder is made for it; costs no computing."""
+    from flax import nnx
+
+    nnx.eval_shape(lambda: config.model.build(config.data.vocabulary.size, config.train.seed))
+
+
+def _check_agreement(given: dict[str, dict[str, Any]], config: Any) -> None:
+    for part, values in given.items():
+        for name, value in values.items():
+            stored = getattr(getattr(config, part), name)
+            same = stored == value or (name == "source" and Path(str(value)).exists())
+            if not same:
+                raise ValueError(
+                    f"--resume: the run has {part}.{name} = {stored!r}, not {value!r}; leave the"
+                    " option out, or start a new run in another folder."
+                )
+
+
+def _sample(model, vocabulary, prompt, length, *, temperature=0.8, top_k=None, seed=0) -> str:
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.models.generate import generate
+
+    ids = jnp.asarray(vocabulary.encode(prompt))[None]
+    key = jax.random.key(seed)
+    row = generate(model, ids, length, key=key, temperature=temperature, top_k=top_k)[0]
+    return vocabulary.decode(row)
+
+
+@command("sample")
+def sample(
+    checkpoint: Annotated[Path, typer.Option(help="The run's folder.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    length: Annotated[int, typer.Option(help="Characters to add.")] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest character.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Only among this many likeliest.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    step: Annotated[int | None, typer.Option(help="A step; default: the newest.")] = None,
+    implementation: Annotated[str, typer.Option(help="How attention is computed.")] = "auto",
+) -> None:
+    """Let a trained model write; the text goes to stdout."""
+    from attnlab.training.language import load_run
+
+    model, config, at = load_run(checkpoint, step=step, implementation=implementation)
+    about = f"{config.model.attention}, step {at} of {config.train.steps}, {checkpoint}"
+    _console(stderr=True).print(about, style="dim", soft_wrap=True)
+    options = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    print(_sample(model, config.data.vocabulary, prompt, length, **options))
+
+
+@command("doctor")
+def doctor() -> None:
+    """Devices, versions, which implementations work here, and where the data is."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from attnlab.doctor import examine
+
+    report = examine()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("python", report.python)
+    for package, version in report.versions.items():
+        table.add_row(package, Text("not installed", "dim") if version is None else version)
+    table.add_row("devices", "\n".join(report.devices) or "none")
+    table.add_row("memory", report.memory)
+    for name, reason in report.implementations.items():
+        works = Text("works here", "green") if reason is None else Text(reason, "yellow")
+        table.add_row(f"implementation {name}", works)
+    table.add_row("cache folder", Text(str(report.cache_folder)))
+    for name, found in report.data.items():
+        table.add_row(f"data {name}", Text(found))
+    _console().print(table)
+    if report.problems:
+        _fail("; ".join(report.problems), 1)
+
+
+@command("bench")
+def bench(
+    name: Annotated[str, typer.Argument(help="memory, time, window, train, or all.")] = "all",
+    save: Annotated[Path | None, typer.Option(help="Folder for the tables as files.")] = None,
+) -> None:
+    """Measure memory, time, windows and training against peers, in the same run."""
+    import importlib
+
+    if name not in (*BENCHMARKS, "all"):
+        raise ValueError(f"bench: {name!r} is none of {', '.join(BENCHMARKS)}, all.")
+    for each in BENCHMARKS if name == "all" else (name,):
+        importlib.import_module(f"attnlab.bench.{each}").run(save=save)
+
+
+@command("book")
+def book() -> None:
+    """Read the book: build and serve it in a checkout, or tell its address."""
+    import importlib.metadata
+    import subprocess
+
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "Makefile").is_file() and (checkout / "book").is_dir():
+        code = subprocess.call(["make", "book"], cwd=checkout)
+        raise typer.Exit(code)
+    urls = importlib.metadata.metadata("attnlab").get_all("Project-URL") or []
+    address = dict(url.split(", ", 1) for url in urls).get("Documentation")
+    if address is None:
+        raise ValueError("book: this installation does not know the book's address.")
+    _console().print(
+        f"The book is at {address}; to build it, clone the repository and run make book."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,1 @@
+"""The four choices and the algebras; knows no paper."""

@@ -1,0 +1,70 @@
+"""Dropout from a counter: whether a pair is kept depends on its position and the key alone.
+
+Every implementation, whatever its tiles, therefore drops the same pairs, and the backward pass
+recomputes the mask instead of storing it.  The counter is hashed by Threefry-2x32 with 20 rounds
+(Salmon et al. 2011), the function behind JAX's default random bits.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, UInt32
+
+from attnlab.core.terms import At
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry_2x32(
+    key: tuple[UInt32[Array, "..."], UInt32[Array, "..."]],
+    counter: tuple[UInt32[Array, "..."], UInt32[Array, "..."]],
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """Two random words for each pair of counter words, elementwise."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    x, y = counter[0] + schedule[0], counter[1] + schedule[1]
+    for block in range(5):
+        for bits in _ROTATIONS[block % 2]:
+            x = x + y
+            y = x ^ ((y << np.uint32(bits)) | (y >> np.uint32(32 - bits)))
+        x = x + schedule[(block + 1) % 3]
+        y = y + schedule[(block + 2) % 3] + np.uint32(block + 1)
+    return x, y
+
+
+def key_words(key: Any) -> UInt32[Array, "2"]:
+    """Two words of any JAX random key, typed or raw.
+
+    Raises:
+      TypeError: `key` is not a random key.
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    if getattr(key, "dtype", None) != jnp.uint32 or key.ndim != 1:
+        raise TypeError(f"dropout_key: expected one JAX random key, got {key!r}.")
+    if key.shape[0] > 2:  # implementations with longer keys
+        key = key[:2] ^ key[-2:]
+    return key
+
+
+def keep_mask(
+    words: UInt32[Array, "2"], rate: float, at: At, batch: tuple[int, ...]
+) -> Bool[Array, "*B N t s"]:
+    """True for the pairs that are kept, each with probability 1 - rate."""
+    rank = at.query.ndim
+    number = jnp.arange(int(np.prod(batch, dtype=np.int64)), dtype=jnp.uint32)
+    number = number.reshape(*batch, 1, 1, 1)
+
+    def word(x: Array) -> UInt32[Array, "..."]:
+        return jnp.broadcast_to(x, x.shape).astype(jnp.uint32)
+
+    def spread(x: Array, shape: tuple[int, ...]) -> Array:
+        return jnp.broadcast_to(x, shape)
+
+    heads = np.broadcast_shapes(number.shape, at.head.shape)
+    keys = tuple(words[i].reshape((1,) * rank) for i in range(2))
+    own = threefry_2x32(keys, (spread(number, heads), spread(word(at.head), heads)))
+    shape = np.broadcast_shapes(heads, at.query.shape, at.key.shape)
+    bits, _ = threefry_2x32(own, (spread(word(at.query), shape), spread(word(at.key), shape)))
+    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -1,0 +1,94 @@
+"""Atlas entries: what each mechanism's file says about itself."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+PATTERNS = ("noncausal self", "causal self", "noncausal cross", "causal cross")
+
+# What an entry may claim; the contract tests every claim.
+PROPERTIES = {
+    "position-free": "permuting keys with their values changes nothing (without a mask)",
+    "translation-invariant": "shifting all positions by the same amount changes nothing",
+    "decode": "step-by-step decoding equals the whole sequence at once",
+    "gqa": "key heads shared by query heads equal repeated key heads",
+    "lse": "returns the log-sum-exp",
+    "rows-sum-to-one": "weights of a query that sees any key sum to one",
+    "linear-memory": "O(T + S) memory, forward and backward",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """Where a mechanism comes from."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+    venue: str | None = None
+
+    @property
+    def url(self) -> str | None:
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
+
+    @property
+    def cite(self) -> str:
+        where = f"arXiv:{self.arxiv}" if self.arxiv else self.venue
+        return f"{self.authors} ({self.year}). {self.title}." + (f" {where}." if where else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One mechanism in the atlas.
+
+    `formula` is LaTeX; `time` and `memory` are growth classes in T queries, S keys, width H;
+    `build(num_heads, head_width, *, rngs)` makes a small working example of `module`.
+    """
+
+    id: str
+    title: str
+    family: str
+    paper: Paper
+    summary: str
+    formula: str
+    patterns: tuple[str, ...]
+    time: str
+    memory: str
+    exact: str
+    properties: frozenset[str]
+    function: Callable
+    module: type
+    build: Callable
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("patterns", PATTERNS), ("properties", PROPERTIES)):
+            unknown = [x for x in getattr(self, name) if x not in allowed]
+            if unknown:
+                raise ValueError(
+                    f"{name}: entry {self.id!r} names {unknown}; expected some of {list(allowed)}."
+                )
+
+    @property
+    def source(self) -> str:
+        """The module this entry lives in."""
+        return self.module.__module__
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything a program may want to know, as plain data."""
+        paper = dataclasses.asdict(self.paper) | {"url": self.paper.url}
+        return {
+            "id": self.id,
+            "title": self.title,
+            "family": self.family,
+            "paper": paper,
+            "summary": self.summary,
+            "formula": self.formula,
+            "patterns": list(self.patterns),
+            "time": self.time,
+            "memory": self.memory,
+            "exact": self.exact,
+            "properties": sorted(self.properties),
+            "function": f"{self.function.__module__}.{self.function.__qualname__}",
+            "module": f"{self.module.__module__}.{self.module.__qualname__}",
+        }

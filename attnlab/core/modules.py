@@ -1,0 +1,180 @@
+"""The modules every mechanism plugs into: a mechanism, and the projections around it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from attnlab.core.attention import attention
+from attnlab.core.cache import KVCache
+from attnlab.core.masks import KeyPadding, Mask, as_mask
+
+
+class Mechanism(nnx.Module):
+    """What one paper changes about attention: it maps query, key and value to an output.
+
+    A mechanism holds the parameters its paper adds, and nothing else; projections belong to
+    `MultiHeadAttention`.  The base class is plain softmax attention without positions.
+    """
+
+    def embed(self, x: Float[Array, "*B T F"], *, offset: Any = 0) -> Float[Array, "*B T F"]:
+        """Applied to a model's token embeddings; only encodings added at the input override it."""
+        return x
+
+    def __call__(
+        self,
+        query: Float[Array, "*B T N H"],
+        key: Float[Array, "*B S K H"],
+        value: Float[Array, "*B S K D"],
+        **options: Any,
+    ) -> Any:
+        """ "*B T N D".  `options` are those of `attnlab.attention`."""
+        return attention(query, key, value, **options)
+
+
+class MultiHeadAttention(nnx.Module):
+    """Multi-head attention around any mechanism, with grouped-query heads and a cache.
+
+        out = concat_n mechanism(x W^Q_n, c W^K_n, c W^V_n) W^O,   c = x or a context
+
+    Vaswani et al. 2017, arXiv:1706.03762; shared key heads as in Ainslie et al. 2023,
+    arXiv:2305.13245 (num_kv_heads = 1 is Shazeer 2019, arXiv:1911.02150).
+
+    Args:
+      features: width F of the input and of the output.
+      num_heads: query heads N.
+      mechanism: what happens between the projections; plain softmax attention by default.
+      num_kv_heads: key heads K, a divisor of N; N by default.
+      head_width, value_width: H and D; F / N and H by default.
+      qk_norm: RMS-normalize each head's queries and keys, with a learned gain per channel; keeps
+        scores bounded (recommended with sigmoid attention).
+      layer_scale: initial value of a learned gain per output channel (Touvron et al. 2021,
+        arXiv:2103.17239), such as 1e-4; None for no gain.
+      use_bias: whether the projections have biases.
+      dropout_rate: dropout of weights, applied when a call gives `dropout_key`.
+      implementation: as for `attnlab.attention`.
+
+    Raises:
+      ValueError: heads or widths that do not divide.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        mechanism: Mechanism | None = None,
+        num_kv_heads: int | None = None,
+        head_width: int | None = None,
+        value_width: int | None = None,
+        qk_norm: bool = False,
+        layer_scale: float | None = None,
+        use_bias: bool = False,
+        dropout_rate: float = 0.0,
+        implementation: str = "auto",
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                "num_kv_heads: expected a positive divisor of num_heads, "
+                f"got {num_kv_heads=}, {num_heads=}."
+            )
+        if head_width is None and features % num_heads:
+            raise ValueError(
+                f"features: {features} is not a multiple of {num_heads=}; give head_width."
+            )
+        self.features, self.num_heads, self.num_kv_heads = features, num_heads, num_kv_heads
+        self.head_width = head_width or features // num_heads
+        self.value_width = value_width or self.head_width
+        self.dropout_rate, self.implementation = dropout_rate, implementation
+        self.mechanism = Mechanism() if mechanism is None else mechanism
+
+        def linear(width_in: int, width_out: int) -> nnx.Linear:
+            return nnx.Linear(
+                width_in, width_out, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype,
+                kernel_init=nnx.initializers.lecun_normal(), rngs=rngs,
+            )  # fmt: skip
+
+        self.query = linear(features, num_heads * self.head_width)
+        self.key = linear(features, num_kv_heads * self.head_width)
+        self.value = linear(features, num_kv_heads * self.value_width)
+        self.out = linear(num_heads * self.value_width, features)
+
+        def norm() -> Any:
+            if not qk_norm:
+                return None
+            return nnx.RMSNorm(self.head_width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        self.query_norm, self.key_norm = nnx.data(norm()), nnx.data(norm())
+        gain = None if layer_scale is None else jnp.full((features,), layer_scale, param_dtype)
+        self.gain = nnx.data(None if gain is None else nnx.Param(gain))
+
+    def create_cache(
+        self, batch_shape: tuple[int, ...], capacity: int, dtype: Any = jnp.float32
+    ) -> KVCache:
+        """An empty cache for decoding with this module."""
+        return KVCache.create(
+            batch_shape, capacity, self.num_kv_heads, self.head_width, self.value_width, dtype
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "*B T F"],
+        context: Float[Array, "*B S F"] | None = None,
+        *,
+        mask: Any = None,
+        cache: KVCache | None = None,
+        dropout_key: Any = None,
+    ) -> Any:
+        """Attend from `x` to `context` (self-attention if None).
+
+        Args:
+          mask: as for `attnlab.attention`; positions count from the cache's length.
+          cache: keys and values of earlier positions; the call then returns (out, new cache).
+          dropout_key: a JAX random key turns dropout on; None turns it off.
+
+        Returns:
+          "*B T F", or that and the cache.
+
+        Raises:
+          ValueError: `x` or `context` is not `features` wide, or both context and cache are given.
+        """
+        for name, array in (("x", x), ("context", context)):
+            if array is not None and array.shape[-1] != self.features:
+                raise ValueError(
+                    f"{name}: expected width {self.features}, got shape {array.shape}."
+                )
+        if cache is not None and context is not None:
+            raise ValueError("cache: serves self-attention; give either a context or a cache.")
+
+        def heads(linear: nnx.Linear, x: Array, count: int) -> Array:
+            out = linear(x)
+            return out.reshape(*out.shape[:-1], count, out.shape[-1] // count)
+
+        source = x if context is None else context
+        query = heads(self.query, x, self.num_heads)
+        key = heads(self.key, source, self.num_kv_heads)
+        value = heads(self.value, source, self.num_kv_heads)
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        offset: Any = 0
+        if cache is not None:
+            offset, cache = cache.length, cache.append(key, value)
+            key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+            filled: Mask = KeyPadding(cache.length)
+            mask = filled if mask is None else as_mask(mask) & filled
+        drop = self.dropout_rate if dropout_key is not None else 0.0
+        out = self.mechanism(
+            query, key, value, mask=mask, query_offset=offset, dropout_rate=drop,
+            dropout_key=dropout_key if drop else None, implementation=self.implementation,
+        )  # fmt: skip
+        out = self.out(out.reshape(*out.shape[:-2], math.prod(out.shape[-2:])))
+        if self.gain is not None:
+            out = out * jax.lax.expand_dims(self.gain[...].astype(out.dtype), range(out.ndim - 1))
+        return out if cache is None else (out, cache)

@@ -1,0 +1,1 @@
+"""Attention as first written, and the same computed with less memory."""

@@ -1,0 +1,122 @@
+"""The chapters' house style: one palette, one card for every figure, and `show` for Plotly.
+
+The colours are Okabe and Ito's, told apart by readers with any colour vision. Figures sit on a card of their
+own, so that they read the same on a light page and on a dark one.
+"""
+
+import json
+import sys
+
+import matplotlib as mpl
+from cycler import cycler
+from matplotlib.colors import LinearSegmentedColormap
+
+CARD, INK, FAINT = "#fbfaf7", "#2b2b2b", "#d9d6cf"
+BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+ORANGE, SKY, GREY = "#e69f00", "#56b4e9", "#6f6f6f"
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
+
+# Weights: nothing is the card itself, everything is deep blue.
+WEIGHTS = LinearSegmentedColormap.from_list("weights", [CARD, "#9ecae1", BLUE, "#08306b"])
+PLOTLY_WEIGHTS = [[0.0, CARD], [0.33, "#9ecae1"], [0.67, BLUE], [1.0, "#08306b"]]
+
+STYLE = {
+    "axes.edgecolor": GREY,
+    "axes.facecolor": CARD,
+    "axes.grid": False,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "figure.facecolor": CARD,
+    "figure.figsize": (7.2, 3.4),
+    "font.size": 10,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "image.cmap": "weights",
+    "legend.frameon": False,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 5.0,
+    "savefig.facecolor": CARD,
+    "text.color": INK,
+    "xtick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.color": GREY,
+    "ytick.labelcolor": INK,
+}
+
+
+def use_style() -> None:
+    """Set the house style; call once at the top of a chapter."""
+    if "weights" not in mpl.colormaps:
+        mpl.colormaps.register(WEIGHTS)
+    mpl.rcParams.update(STYLE)
+    if "ipykernel" in sys.modules:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
+
+
+def picture(axes, image, **options):
+    """An image without ticks or frame."""
+    drawn = axes.imshow(image, interpolation="nearest", **options)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    return drawn
+
+
+def dress(figure, *, height: int = 420) -> None:
+    """Plotly in the house style."""
+    figure.update_layout(
+        template="none",
+        height=height,
+        paper_bgcolor=CARD,
+        plot_bgcolor=CARD,
+        colorway=list(PALETTE),
+        font={"color": INK, "size": 13},
+        margin={"l": 70, "r": 20, "t": 50, "b": 55},
+    )
+
+
+def slider(prefix: str, labels, *, active: int = 0) -> dict:
+    """A Plotly slider that shows one trace, or one group of traces, per label.
+
+    `labels` maps the text of each stop to the list of booleans that says which traces are visible.
+    """
+    steps = [
+        {"label": label, "method": "restyle", "args": ["visible", list(visible)]}
+        for label, visible in labels.items()
+    ]
+    return {
+        "active": active,
+        "currentvalue": {"prefix": prefix, "font": {"size": 14}},
+        "pad": {"t": 45},
+        "bgcolor": FAINT,
+        "bordercolor": FAINT,
+        "steps": steps,
+    }
+
+
+def show(figure) -> None:
+    """Display a Plotly figure in the book, in JupyterLab and on Colab, all of it without a network.
+
+    The book serves plotly.min.js beside its pages; JupyterLab takes the figure itself and draws it with
+    Plotly's own extension; Colab has its own way.
+    """
+    if "google.colab" in sys.modules:
+        figure.show(renderer="colab")
+        return
+    from IPython.display import display
+
+    page = figure.to_html(
+        full_html=False, include_plotlyjs="../_static/plotly.min.js", config={"displayModeBar": False}
+    )
+    bundle = {"text/html": page, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
+    display(bundle, raw=True)

@@ -1,0 +1,81 @@
+"""What every test stands on: strict numerics, fresh keys, drawn structure, one support table.
+
+Promotion between dtypes is an error, promotion between ranks is an error, warnings are errors
+(pyproject.toml), and hypothesis draws the same examples on every machine.
+"""
+
+import os
+import zlib
+from pathlib import Path
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+from tests.contract import support
+
+BUILD = Path(__file__).parent.parent / "build"
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiled programs are kept between runs, one folder to a worker: two workers never write one file.
+jax.config.update(
+    "jax_compilation_cache_dir",
+    str(BUILD / "jax-cache" / os.environ.get("PYTEST_XDIST_WORKER", "main")),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+hypothesis.settings.register_profile(
+    "attnlab",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=25,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.filter_too_much,
+    ],
+)
+hypothesis.settings.load_profile("attnlab")
+
+
+def _seed(request) -> int:
+    return zlib.crc32(request.node.nodeid.encode())
+
+
+@pytest.fixture
+def keys(request):
+    """`query_key, value_key = keys("query", "value")`: keys by name, no name twice."""
+    root, taken = jax.random.key(_seed(request)), set()
+
+    def draw(*names):
+        repeated = [name for name in names if name in taken]
+        if repeated or len(set(names)) != len(names):
+            raise ValueError(f"keys: each name may be drawn once in a test, repeated {names}.")
+        taken.update(names)
+        drawn = tuple(jax.random.fold_in(root, zlib.crc32(name.encode())) for name in names)
+        return drawn if len(drawn) > 1 else drawn[0]
+
+    return draw
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """A NumPy generator of its own for each test; the numbers of a test never depend on another."""
+    return np.random.default_rng(_seed(request))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: long, left out of `make test` (`make test-slow`)")
+
+
+def pytest_runtest_logreport(report):
+    support.collect(report)
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):  # under pytest-xdist the controller writes
+        support.write(BUILD / "support.json")

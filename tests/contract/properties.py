@@ -1,0 +1,422 @@
+"""The contract: what every mechanism promises, one plain function to a promise.
+
+A property is called as `prop(entry, dtype, implementation, key)`. It raises AssertionError where the
+promise is broken, returns None where it is kept, and returns a reason where it does not apply: the
+entry does not claim it, or the implementation refuses the call by a NotImplementedError that names
+another which can.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab import masks
+from tests import oracles
+from tests.contract.formulas import FORMULAS
+from tests.contract.subject import (
+    BATCH,
+    HEADS,
+    LENGTH,
+    WIDTH,
+    Subject,
+    draw,
+    example_mask,
+    seed_of,
+    subject,
+)
+from tests.tolerances import (
+    LINEAR_GROWTH,
+    as_float64,
+    assert_close,
+    assert_reordered,
+    assert_within_budget,
+    epsilon,
+    largest,
+)
+
+PROPERTIES = {}
+
+
+def promise(words: str, *, claim: str | None = None, dtypes: tuple[str, ...] | None = None):
+    """Register a property; `claim` is what the entry must claim for it to apply."""
+
+    def register(function):
+        name = function.__name__.replace("_", " ")
+
+        @functools.wraps(function)
+        def prop(entry, dtype, implementation, key):
+            if claim is not None and claim not in entry.properties:
+                return f"does not claim “{claim}”"
+            if dtypes is not None and dtype not in dtypes:
+                return f"checked in {' and '.join(dtypes)}"
+            try:
+                return function(subject(entry, dtype, implementation), key)
+            except NotImplementedError as refusal:
+                others = {"reference", "blockwise", "xla", "cudnn", "attnlab.attention"}
+                named = [o for o in others - {implementation} if o in str(refusal)]
+                assert named, f"refuses without naming an implementation that can: {refusal}"
+                return str(refusal)
+
+        prop.words = words
+        PROPERTIES[name] = prop
+        return prop
+
+    return register
+
+
+def _visible(allowed):
+    return np.broadcast_to(allowed, (BATCH, HEADS, LENGTH, LENGTH)).any(-1).swapaxes(1, 2)
+
+
+def _formula(subject: Subject, arrays, dtype=np.float64, **options):
+    assert subject.entry.id in FORMULAS, f"tests/contract/formulas.py knows no {subject.entry.id}"
+    wide = [as_float64(x) for x in subject.cast(arrays)]
+    formula = FORMULAS[subject.entry.id]
+    return formula(subject.params, *wide, dtype=dtype, return_lse=True, **options)
+
+
+# ---- form ----------------------------------------------------------------------------------------
+
+
+@promise("The output is “*B T N D” in the dtype of the query, whatever the lengths and batch axes.")
+def shape_and_dtype(subject: Subject, key):
+    for batch, queries, keys in (((BATCH,), LENGTH, LENGTH), ((), 5, LENGTH), ((), 1, 3)):
+        shapes = (
+            (*batch, queries, HEADS, WIDTH),
+            (*batch, keys, 2, WIDTH),
+            (*batch, keys, 2, WIDTH),
+        )
+        arrays = [jax.ShapeDtypeStruct(s, subject.dtype) for s in shapes]
+        out = jax.eval_shape(subject.call, subject.state, *arrays)
+        assert out.shape == (*batch, queries, HEADS, WIDTH), f"shape {out.shape}"
+        assert out.dtype == subject.dtype, f"dtype {out.dtype} from {subject.dtype}"
+
+
+@promise("Compiled and uncompiled, the same numbers.")
+def jit_equals_eager(subject: Subject, key):
+    arrays = draw(key)
+    eager = subject.call(
+        subject.state,
+        *subject.cast(arrays),
+        mask=masks.ArrayMask(jnp.asarray(example_mask())),
+        query_offset=jnp.asarray(0, jnp.int32),
+        key_offset=jnp.asarray(0, jnp.int32),
+    )
+    assert_reordered(eager, as_float64(subject.with_mask(arrays, example_mask())), subject.dtype)
+
+
+@promise("Mapped over a batch by vmap, the same numbers as with a batch axis.")
+def vmap_equals_batch(subject: Subject, key):
+    arrays = subject.cast(draw(key))
+    mapped = jax.jit(
+        jax.vmap(lambda q, k, v: subject.call(subject.state, q, k, v, mask=masks.Causal()))
+    )(*arrays)
+    batched = subject.causal(subject.state, *arrays, jnp.asarray(0, jnp.int32))
+    assert_reordered(mapped, as_float64(batched), subject.dtype)
+
+
+@promise("A wrong rank, head count, width, dtype, mask or option is refused by name.")
+def bad_input_raises(subject: Subject, key):
+    query, key_, value = subject.cast(draw(key))
+    wrong = [
+        ("query", (query[0, 0], key_, value), {}),
+        ("key", (query, key_[..., :4], value), {}),
+        ("value", (query, key_, value[:, :5]), {}),
+        ("query", (query[..., :3, :], key_, value), {}),
+        ("query", (query.astype(jnp.int32), key_, value), {}),
+        ("key", (query, key_.astype(jnp.float16), value), {}),
+        ("key", (query[:1], key_, value), {}),
+        ("mask", (query, key_, value), {"mask": jnp.ones((3, 5), bool)}),
+        ("mask", (query, key_, value), {"mask": jnp.ones((LENGTH, LENGTH), jnp.float32)}),
+        ("dropout_rate", (query, key_, value), {"dropout_rate": 1.5}),
+        ("dropout_key", (query, key_, value), {"dropout_rate": 0.5}),
+        ("implementation", (query, key_, value), {"implementation": "magic"}),
+    ]
+    for name, arrays, options in wrong:
+        if subject.entry.id == "memory-efficient-attention" and name == "implementation":
+            continue  # names what it is instead: checked in its own test
+        try:
+            subject.call(subject.state, *arrays, **options)
+        except (ValueError, TypeError) as error:
+            assert name in str(error), f"{name} not named in: {error}"
+        else:
+            raise AssertionError(f"a wrong {name} was taken: {options or arrays[0].shape}")
+
+
+# ---- accuracy ------------------------------------------------------------------------------------
+
+
+@promise("Errs no more than four times what the plain formula errs in the same dtype.")
+def within_budget(subject: Subject, key):
+    allowed = example_mask()
+    for magnitude in (1.0, 5.0):  # the second: scores of about 70
+        arrays = draw(key, magnitude=magnitude)
+        out = subject.with_mask(arrays, allowed)
+        exact, _ = _formula(subject, arrays, mask=oracles.array(allowed))
+        plain, _ = _formula(subject, arrays, subject.dtype, mask=oracles.array(allowed))
+        words = f"scores times {magnitude**2:g}"
+        assert_within_budget(out, exact, plain, subject.dtype, words=words)
+
+
+@promise("The log-sum-exp is that of the formula; -inf where a row sees nothing.", claim="lse")
+def log_sum_exp(subject: Subject, key):
+    arrays, allowed = draw(key), example_mask()
+    out, lse = jax.jit(
+        lambda *x: subject.call(
+            subject.state, *x, mask=masks.ArrayMask(jnp.asarray(allowed)), return_lse=True
+        )
+    )(*subject.cast(arrays))
+    options = {"mask": oracles.array(allowed)}
+    (_, exact), (_, plain) = (
+        _formula(subject, arrays, **options),
+        _formula(subject, arrays, subject.dtype, **options),
+    )
+    assert lse.shape == (BATCH, HEADS, LENGTH)
+    assert lse.dtype == jnp.float32, f"lse in {lse.dtype}"
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact))
+    seen = np.isfinite(exact)
+    assert_within_budget(np.asarray(lse)[seen], exact[seen], plain[seen], subject.dtype)
+
+
+def _in_float64(subject: Subject, implementation=None):
+    """The same subject in float64, for use under x64; parameters too."""
+    wide = Subject(subject.entry, jnp.dtype("float64"), implementation or subject.implementation)
+    graph, state = subject.parts
+    wide.__dict__["parts"] = (graph, jax.tree.map(lambda x: np.asarray(x, np.float64), state))
+    return wide
+
+
+@promise("The gradient is the slope: central differences in float64.", dtypes=("float32",))
+def gradient_vs_differences(subject: Subject, key):
+    arrays, allowed = draw(key), example_mask()
+    rng = np.random.default_rng(seed_of(key) + 1)
+    with jax.enable_x64(True):
+        wide = _in_float64(subject)
+        read = rng.standard_normal(arrays[0].shape)
+        flat, tree = jax.tree.flatten((wide.state, *map(as_float64, arrays)))
+        direction = [rng.standard_normal(np.shape(x)) for x in flat]
+
+        def run(*flat):
+            state, *inputs = jax.tree.unflatten(tree, flat)
+            return wide.masked_gradient(
+                state, *map(jnp.asarray, inputs), jnp.asarray(allowed), jnp.asarray(read)
+            )
+
+        gradient = jax.tree.leaves(run(*flat)[1])
+        assert len(gradient) == len(flat), "a gradient is missing"
+        slope = oracles.directional(
+            lambda *x: float(run(*x)[0][0]), flat, direction, step=1e-4
+        )
+        found = sum(np.sum(as_float64(g) * d) for g, d in zip(gradient, direction, strict=True))
+        scale = sum(np.sum(np.abs(as_float64(g) * d)) for g, d in zip(gradient, direction, strict=True))
+    assert abs(found - slope) <= 1e-7 * max(1.0, scale), f"gradient {found}, differences {slope}"
+
+
+@promise("The gradient equals that of the plain formula in float64, for inputs and parameters.")
+def gradient_vs_float64(subject: Subject, key):
+    arrays, allowed = draw(key), example_mask()
+    read = np.random.default_rng(seed_of(key) + 2).standard_normal(arrays[0].shape)
+    rounded = [as_float64(x) for x in subject.cast(arrays)]
+    _, _, gradient = subject.gradients(arrays, allowed, read.astype(np.float32))
+    with jax.enable_x64(True):
+        wide = _in_float64(subject, "auto")
+        expected = wide.gradients(rounded, allowed, read.astype(np.float32).astype(np.float64))[2]
+        expected = jax.tree.map(np.asarray, expected)
+    names = [*subject.params, "query", "key", "value"]
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), names, strict=True)
+    for ours, exact, name in pairs:
+        scale = max(largest(exact), 1e-2)
+        assert_close(ours, exact, subject.dtype, "gradient", scale=scale, words=f"d {name}")
+    for ours, given in zip(gradient[1:], subject.cast(arrays), strict=True):
+        assert ours.dtype == given.dtype
+
+
+@promise("Scores of ten thousand and rows that see nothing: finite values, finite gradients, zeros.")
+def finite_at_extremes(subject: Subject, key):
+    allowed = example_mask()
+    blind = ~_visible(allowed)
+    for magnitude in (1.0, 60.0):  # the second: scores of about 1e4
+        _, out, gradient = subject.gradients(draw(key, magnitude=magnitude), allowed)
+        out = as_float64(out)
+        assert np.all(np.isfinite(out)), f"not finite at scores times {magnitude**2:g}"
+        assert np.all(out[blind] == 0), "a row that sees nothing is not zero"
+        for leaf in jax.tree.leaves(gradient):
+            assert np.all(np.isfinite(as_float64(leaf))), "a gradient is not finite"
+        assert np.all(as_float64(gradient[1])[blind] == 0), "a blind query has a gradient"
+
+
+# ---- what may have no influence ------------------------------------------------------------------
+
+
+def _poison(x, where, seed):
+    poison = np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf], size=x.shape)
+    return np.where(where, poison, x).astype(np.float32)
+
+
+@promise("Causal: no output depends on a later key or value, be it NaN; the Jacobian is exactly 0.")
+def no_leak_from_the_future(subject: Subject, key):
+    query, key_, value = draw(key)
+    start = jnp.asarray(0, jnp.int32)
+    out = as_float64(subject.causal(subject.state, *subject.cast((query, key_, value)), start))
+    assert np.all(np.isfinite(out))
+    for row in (0, 5):
+        later = (np.arange(LENGTH) > row)[:, None, None]
+        bad = subject.cast((query, _poison(key_, later, row), _poison(value, later, row)))
+        poisoned = as_float64(subject.causal(subject.state, *bad, start))
+        np.testing.assert_array_equal(poisoned[:, : row + 1], out[:, : row + 1], "the future leaks")
+        cotangent = np.zeros(query.shape, np.float32)
+        cotangent[:, row] = 1
+        pulled = subject.causal_pull(
+            subject.state, *subject.cast((query, key_, value)), *subject.cast((cotangent,))
+        )
+        for gradient in map(as_float64, pulled):
+            assert np.all(gradient[:, row + 1 :] == 0), "the Jacobian reaches the future"
+        assert np.any(as_float64(pulled[1])[:, : row + 1] != 0), "the Jacobian reaches nothing"
+
+
+@promise("Keys and values behind a mask may hold anything: no value and no gradient changes.")
+def masked_keys_have_no_influence(subject: Subject, key):
+    query, key_, value = draw(key)
+    allowed = example_mask()
+    allowed[0, :, :, 10:] = False
+    hidden = ~allowed.any(axis=(1, 2))[..., None, None]
+    clean = subject.gradients((query, *(np.where(hidden, 0, x) for x in (key_, value))), allowed)
+    bad = (query, *(_poison(x, hidden, n) for n, x in enumerate((key_, value))))
+    for ours, expected in zip(
+        jax.tree.leaves(subject.gradients(bad, allowed)), jax.tree.leaves(clean), strict=True
+    ):
+        ours, expected = as_float64(ours), as_float64(expected)
+        np.testing.assert_array_equal(ours, expected, "what is masked has influence")
+    for gradient in clean[2][2:]:
+        assert np.all(np.where(hidden, as_float64(gradient), 0) == 0)
+
+
+@promise("Padding queries and keys, the padding masked, does not change what is real.")
+def padding_changes_nothing(subject: Subject, key):
+    query, key_, value = draw(key)
+    real = 7
+    short = jax.jit(
+        lambda *x: subject.call(subject.state, *x, mask=masks.KeyPadding(jnp.full((BATCH,), real)))
+    )
+    alone = short(*subject.cast(x[:, :real] for x in (query, key_, value)))
+    lengths = np.broadcast_to(np.arange(LENGTH) < real, (BATCH, 1, LENGTH, LENGTH))
+    padded = subject.with_mask((query, key_, value), lengths)
+    by_length = short(*subject.cast((query, key_, value)))
+    for other in (padded, by_length):
+        assert_reordered(other[:, :real], as_float64(alone), subject.dtype)
+
+
+# ---- symmetries ----------------------------------------------------------------------------------
+
+
+@promise("Permuting keys together with their values changes nothing.", claim="position-free")
+def permutation_of_keys(subject: Subject, key):
+    query, key_, value = draw(key)
+    order = np.random.default_rng(seed_of(key)).permutation(LENGTH)
+    permuted = subject.with_mask((query, key_[:, order], value[:, order]))
+    assert_reordered(permuted, as_float64(subject.with_mask((query, key_, value))), subject.dtype)
+    permuted = subject.with_mask((query[:, order], key_, value))
+    plain = as_float64(subject.with_mask((query, key_, value)))[:, order]
+    assert_reordered(permuted, plain, subject.dtype)
+
+
+@promise("Shifting all positions by the same amount changes nothing.", claim="translation-invariant")
+def translation(subject: Subject, key):
+    arrays = draw(key)
+    at_zero = as_float64(subject.with_mask(arrays, example_mask()))
+    # A rotation by a thousand positions has an angle rounded by a thousand times as much.
+    for offset in (3, 1000):
+        moved = subject.with_mask(arrays, example_mask(), (offset, offset))
+        scale = max(1.0, largest(at_zero)) * (1 + offset * epsilon(jnp.float32) / epsilon(subject.dtype))
+        assert_reordered(moved, at_zero, subject.dtype, scale=scale, words=f"shift by {offset}")
+
+
+@promise("Weights of a row that sees any key sum to one.", claim="rows-sum-to-one")
+def rows_sum_to_one(subject: Subject, key):
+    query, key_, value = draw(key, magnitude=2.0)
+    out = as_float64(subject.with_mask((query, key_, np.ones_like(value)), example_mask()))
+    expected = np.broadcast_to(_visible(example_mask())[..., None], out.shape).astype(float)
+    assert_reordered(out, expected, subject.dtype)
+
+
+@promise("Fewer key heads equal the same heads repeated.", claim="gqa")
+def grouped_heads(subject: Subject, key):
+    query, key_, value = draw(key)
+    repeated = jax.jit(lambda *x: subject.call(subject.state, *x))(
+        *subject.cast((query, *(np.repeat(x, 2, axis=-2) for x in (key_, value))))
+    )
+    grouped = subject.with_mask((query, key_, value))
+    assert_reordered(grouped, as_float64(repeated), subject.dtype)
+
+
+@promise("Decoding step by step equals reading the whole sequence at once.", claim="decode")
+def decode_equals_prefill(subject: Subject, key):
+    query, key_, value = draw(key)
+    whole = as_float64(
+        subject.causal(subject.state, *subject.cast((query, key_, value)), jnp.asarray(0, jnp.int32))
+    )
+    for step in (0, 1, 6, LENGTH - 1):
+        unwritten = (np.arange(LENGTH) > step)[:, None, None]
+        cache = (_poison(x, unwritten, step) for x in (key_, value))
+        one = subject.cast((query[:, step : step + 1], *cache))
+        out = subject.causal(subject.state, *one, jnp.asarray(step, jnp.int32))
+        words = f"step {step}"
+        assert_reordered(out[:, 0], whole[:, step], subject.dtype, words=words)
+
+
+@promise("Dropout is a function of its key, and each key drops other pairs.")
+def deterministic_given_a_key(subject: Subject, key):
+    arrays = subject.cast(draw(key))
+    run = jax.jit(
+        lambda dropout_key: subject.call(
+            subject.state, *arrays, dropout_rate=0.5, dropout_key=dropout_key
+        )
+    )
+    first, second = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_array_equal(as_float64(run(first)), as_float64(run(first)))
+    changed = np.mean(as_float64(run(first)) != as_float64(run(second)))
+    assert changed > 0.5, "two keys drop the same pairs"
+    plain = as_float64(subject.with_mask(draw(key)))
+    assert np.mean(as_float64(run(first)) != plain) > 0.5, "nothing is dropped"
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@promise(
+    "Temporaries grow linearly from n to 4n, forward and with gradients.",
+    claim="linear-memory",
+    dtypes=("float32",),
+)
+def memory_growth(subject: Subject, key):
+    if subject.implementation in ("reference", "xla"):
+        return "holds the score matrix; blockwise does not"
+
+    def temporaries(n, differentiate):
+        shapes = ((n, HEADS, WIDTH), (n, 2, WIDTH), (n, 2, WIDTH))
+        arrays = [jax.ShapeDtypeStruct(s, subject.dtype) for s in shapes]
+
+        def forward(*x):
+            return subject.call(subject.state, *x, mask=masks.Causal())
+
+        def gradient(*x):
+            return jax.grad(lambda *y: jnp.sum(forward(*y)), argnums=(0, 1, 2))(*x)
+
+        compiled = jax.jit(gradient if differentiate else forward).lower(*arrays).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    for differentiate in (False, True):
+        small, large = (temporaries(n, differentiate) for n in (2048, 8192))
+        what = "with gradients" if differentiate else "forward"
+        assert large <= LINEAR_GROWTH * small, f"{what}: {small:,} bytes grow to {large:,}"
+        full = 8192 * 8192 * HEADS * 4
+        assert large < full / 4, f"{what}: {large:,} bytes, the score matrix has {full:,}"
+    return None
+
+
+def state_of(entry):
+    """Names of an entry's parameters, for reports."""
+    return list(nnx.to_flat_state(subject(entry, "float32", "auto").state))

@@ -1,0 +1,86 @@
+"""What passes is published: entry x property x dtype x implementation, as JSON.
+
+The test run writes build/support.json (tests/conftest.py collects, under pytest-xdist too); alone:
+
+    python -m tests.contract.support build/support.json
+"""
+
+import json
+import sys
+import zlib
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16")
+IMPLEMENTATIONS = ("reference", "blockwise", "xla", "cudnn")
+FIELDS = ("entry", "property", "dtype", "implementation")
+
+_rows: dict[tuple[str, ...], dict[str, str]] = {}
+
+
+def examine(entry, name: str, dtype: str, implementation: str) -> dict[str, str]:
+    """Run one property: a row with the status "pass", "fail" or "n/a" and a note."""
+    import jax
+
+    from tests.contract.properties import PROPERTIES
+
+    key = jax.random.key(zlib.crc32(f"{entry.id} {name} {dtype}".encode()))
+    row = dict(zip(FIELDS, (entry.id, name, dtype, implementation), strict=True))
+    try:
+        reason = PROPERTIES[name](entry, dtype, implementation, key)
+    except AssertionError as broken:
+        return row | {"status": "fail", "note": str(broken).strip()}
+    return row | ({"status": "n/a", "note": reason} if reason else {"status": "pass", "note": ""})
+
+
+def collect(report) -> None:
+    """Keep the rows that a test attached to its report (`record_property("support", row)`)."""
+    if report.when == "call":
+        for name, row in report.user_properties:
+            if name == "support":
+                _rows[tuple(row[f] for f in FIELDS)] = row
+
+
+def write(path: Path, rows=None) -> None:
+    """Write the rows, sorted; rows of an earlier, fuller run stay where this one has none."""
+    rows = _rows if rows is None else rows
+    if not rows:
+        return
+    path = Path(path)
+    merged = {}
+    if path.exists():
+        merged = {tuple(row[f] for f in FIELDS): row for row in json.loads(path.read_text())}
+        entries = {key[0] for key in rows}
+        if len(entries) > 1:  # more than a look at one entry: forget entries that are gone
+            merged = {k: row for k, row in merged.items() if k[0] in entries}
+    merged |= rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([merged[key] for key in sorted(merged)], indent=1) + "\n")
+
+
+def table():
+    """Every row of the contract, one after the other."""
+    from attnlab import atlas
+    from tests.contract.properties import PROPERTIES
+
+    for entry in atlas.entries().values():
+        for implementation in IMPLEMENTATIONS:
+            for dtype in DTYPES:
+                for name in PROPERTIES:
+                    yield examine(entry, name, dtype, implementation)
+
+
+def main(path: str) -> int:
+    rows = {}
+    for row in table():
+        rows[tuple(row[f] for f in FIELDS)] = row
+        if row["status"] == "fail":
+            print("FAIL", *(row[f] for f in FIELDS), "|", row["note"].splitlines()[0])
+    Path(path).unlink(missing_ok=True)
+    write(Path(path), rows)
+    count = {s: sum(r["status"] == s for r in rows.values()) for s in ("pass", "fail", "n/a")}
+    print(", ".join(f"{n} {status}" for status, n in count.items()), f"-> {path}")
+    return int(count["fail"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
