@@ -283,7 +283,7 @@ def train(
     Defaults: bam on shakespeare, 4 layers of width 128, context 256, 2000 steps; about what two
     CPU cores do in several minutes.
     """
-    given = {
+    options: dict[str, dict[str, Any]] = {
         "data": {"source": data},
         "model": {
             "attention": attention,
@@ -306,17 +306,18 @@ def train(
     }
     given = {
         part: {name: value for name, value in values.items() if value is not None}
-        for part, values in given.items()
+        for part, values in options.items()
     }
     resume = resume or resume_step is not None
-    if resume and checkpoint_dir is None:
-        raise ValueError("--resume: needs --checkpoint-dir, the folder of the run to go on with.")
     from attnlab.training.checkpoint import RunFolder
     from attnlab.training.language import train_language_model
     from attnlab.training.reporter import Reporter
 
     console = _console()
+    folder: RunFolder | None = None
     if resume:
+        if checkpoint_dir is None:
+            raise ValueError("--resume: needs --checkpoint-dir, the folder of the run.")
         folder = RunFolder.open(checkpoint_dir)
         config = folder.config
         _check_agreement(given, config)
@@ -330,8 +331,9 @@ def train(
     else:
         corpus = _corpus(given["data"].get("source", "shakespeare"))
         config = _new_config(given, corpus)
-        _check_model(config)
-        folder = None if checkpoint_dir is None else RunFolder.create(checkpoint_dir, config)
+        _check_run(config, corpus)
+        if checkpoint_dir is not None:
+            folder = RunFolder.create(checkpoint_dir, config)
     model_text = f"{config.model.num_layers} layers × {config.model.features} features"
     console.print(
         f"{config.model.attention} on {corpus.name}: {len(corpus.train):,} characters to train on,"
@@ -351,7 +353,7 @@ def train(
             report=reporter,
         )
     if sample_length:
-        console.print(_sample(model, corpus.vocabulary, "\n", sample_length), markup=False)
+        console.print(_sample(model, corpus.vocabulary, None, sample_length), markup=False)
     if folder is None:
         console.print("nothing was saved; --checkpoint-dir DIR keeps a run", style="dim")
     else:
@@ -378,10 +380,13 @@ def _new_config(given: dict[str, dict[str, Any]], corpus: Any):
     return RunConfig(data, ModelConfig(**given["model"]), TrainConfig(**train))
 
 
-def _check_model(config: Any) -> None:
-    """Refuses a wrong model before a folder is made for it; costs no computing."""
+def _check_run(config: Any, corpus: Any) -> None:
+    """Refuses a wrong model or context before a folder is made for it; computes nothing."""
     from flax import nnx
 
+    tokens, context = len(corpus.train), config.train.context
+    if tokens <= context:
+        raise ValueError(f"--context: {context} needs {context + 1} characters, got {tokens}.")
     nnx.eval_shape(lambda: config.model.build(config.data.vocabulary.size, config.train.seed))
 
 
@@ -403,6 +408,8 @@ def _sample(model, vocabulary, prompt, length, *, temperature=0.8, top_k=None, s
 
     from attnlab.models.generate import generate
 
+    if prompt is None:
+        prompt = next((c for c in "\n " if c in vocabulary.characters), vocabulary.characters[0])
     ids = jnp.asarray(vocabulary.encode(prompt))[None]
     key = jax.random.key(seed)
     row = generate(model, ids, length, key=key, temperature=temperature, top_k=top_k)[0]
@@ -412,7 +419,7 @@ def _sample(model, vocabulary, prompt, length, *, temperature=0.8, top_k=None, s
 @command("sample")
 def sample(
     checkpoint: Annotated[Path, typer.Option(help="The run's folder.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
     length: Annotated[int, typer.Option(help="Characters to add.")] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest character.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only among this many likeliest.")] = None,
@@ -424,10 +431,11 @@ def sample(
     from attnlab.training.language import load_run
 
     model, config, at = load_run(checkpoint, step=step, implementation=implementation)
+    options = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    text = _sample(model, config.data.vocabulary, prompt, length, **options)
     about = f"{config.model.attention}, step {at} of {config.train.steps}, {checkpoint}"
     _console(stderr=True).print(about, style="dim", soft_wrap=True)
-    options = {"temperature": temperature, "top_k": top_k, "seed": seed}
-    print(_sample(model, config.data.vocabulary, prompt, length, **options))
+    print(text)
 
 
 @command("doctor")
@@ -461,15 +469,24 @@ def doctor() -> None:
 @command("bench")
 def bench(
     name: Annotated[str, typer.Argument(help="memory, time, window, train, or all.")] = "all",
-    save: Annotated[Path | None, typer.Option(help="Folder for the tables as files.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for the tables, as JSON.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds.")] = False,
 ) -> None:
-    """Measure memory, time, windows and training against peers, in the same run."""
+    """Measure memory, time, windows and training against peers, in the same run.
+
+    Exit code 1 where a target was missed.
+    """
     import importlib
 
     if name not in (*BENCHMARKS, "all"):
         raise ValueError(f"bench: {name!r} is none of {', '.join(BENCHMARKS)}, all.")
+    missed = []
     for each in BENCHMARKS if name == "all" else (name,):
-        importlib.import_module(f"attnlab.bench.{each}").run(save=save)
+        result = importlib.import_module(f"attnlab.bench.{each}").run(save=save, quick=quick)
+        if result.passed is False:
+            missed.append(each)
+    if missed:
+        _fail(f"targets missed: {', '.join(missed)}", 1)
 
 
 @command("book")

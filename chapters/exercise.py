@@ -1,10 +1,10 @@
-"""Checking a reader's answer: say what is missing, what is wrong, or that it is right."""
+"""Checking a reader's answer: missing, wrong in this way, or right."""
 
 from collections.abc import Callable
 
 
 def judge(answer: Callable, test: Callable[[Callable], str | None]) -> None:
-    """Try `answer` with `test`, which returns None when it is right, else what is wrong with it."""
+    """Run `test` on `answer`; it returns None, or what is wrong with it."""
     try:
         complaint = test(answer)
     except NotImplementedError:

@@ -1,7 +1,8 @@
-"""The chapters' house style: one palette, one card for every figure, and `show` for Plotly.
+"""The chapters' house style: a palette, a card for figures, Plotly's `show`.
 
-The colours are Okabe and Ito's, told apart by readers with any colour vision. Figures sit on a card of their
-own, so that they read the same on a light page and on a dark one.
+The colours are Okabe and Ito's, told apart by readers with any colour vision.
+Figures sit on a card of their own, so that they read the same on a light page
+and on a dark one.
 """
 
 import json
@@ -17,8 +18,15 @@ ORANGE, SKY, GREY = "#e69f00", "#56b4e9", "#6f6f6f"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
 
 # Weights: nothing is the card itself, everything is deep blue.
-WEIGHTS = LinearSegmentedColormap.from_list("weights", [CARD, "#9ecae1", BLUE, "#08306b"])
-PLOTLY_WEIGHTS = [[0.0, CARD], [0.33, "#9ecae1"], [0.67, BLUE], [1.0, "#08306b"]]
+WEIGHTS = LinearSegmentedColormap.from_list(
+    "weights", [CARD, "#9ecae1", BLUE, "#08306b"]
+)
+PLOTLY_WEIGHTS = [
+    [0.0, CARD],
+    [0.33, "#9ecae1"],
+    [0.67, BLUE],
+    [1.0, "#08306b"],
+]
 
 STYLE = {
     "axes.edgecolor": GREY,
@@ -86,12 +94,17 @@ def dress(figure, *, height: int = 420) -> None:
 
 
 def slider(prefix: str, labels, *, active: int = 0) -> dict:
-    """A Plotly slider that shows one trace, or one group of traces, per label.
+    """A Plotly slider that shows one group of traces per label.
 
-    `labels` maps the text of each stop to the list of booleans that says which traces are visible.
+    `labels` maps the text of each stop to the booleans that say which traces
+    are visible there.
     """
     steps = [
-        {"label": label, "method": "restyle", "args": ["visible", list(visible)]}
+        {
+            "label": label,
+            "method": "restyle",
+            "args": ["visible", list(visible)],
+        }
         for label, visible in labels.items()
     ]
     return {
@@ -105,10 +118,10 @@ def slider(prefix: str, labels, *, active: int = 0) -> dict:
 
 
 def show(figure) -> None:
-    """Display a Plotly figure in the book, in JupyterLab and on Colab, all of it without a network.
+    """Display a Plotly figure: in the book, in JupyterLab, on Colab.
 
-    The book serves plotly.min.js beside its pages; JupyterLab takes the figure itself and draws it with
-    Plotly's own extension; Colab has its own way.
+    The book serves plotly.min.js beside its pages; JupyterLab takes the figure
+    itself and draws it with Plotly's own extension; Colab has its own way.
     """
     if "google.colab" in sys.modules:
         figure.show(renderer="colab")
@@ -116,7 +129,12 @@ def show(figure) -> None:
     from IPython.display import display
 
     page = figure.to_html(
-        full_html=False, include_plotlyjs="../_static/plotly.min.js", config={"displayModeBar": False}
+        full_html=False,
+        include_plotlyjs="../_static/plotly.min.js",
+        config={"displayModeBar": False},
     )
-    bundle = {"text/html": page, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
+    bundle = {
+        "text/html": page,
+        "application/vnd.plotly.v1+json": json.loads(figure.to_json()),
+    }
     display(bundle, raw=True)

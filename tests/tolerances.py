@@ -8,13 +8,13 @@ machine, the environment or a test; a test that needs more has found something.
 import ml_dtypes
 import numpy as np
 
-# How many roundings of its dtype a result may be away from the float64 oracle. A second derivative
-# passes through the softmax three times, hence the steps of four.
+# How many roundings of its dtype a result may be away from the float64 oracle. Each
+# derivative passes through the softmax once more.
 ROUNDINGS = {
     "float64": {"value": 256, "gradient": 1024, "second": 4096},
     "float32": {"value": 64, "gradient": 256, "second": 1024},
-    "bfloat16": {"value": 4, "gradient": 16, "second": 64},
-    "float16": {"value": 4, "gradient": 16, "second": 64},
+    "bfloat16": {"value": 4, "gradient": 8, "second": 16},
+    "float16": {"value": 4, "gradient": 8, "second": 16},
 }
 
 # A gradient in the oracle is a central difference in float64: this is what the difference itself errs

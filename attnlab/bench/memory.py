@@ -21,34 +21,47 @@ from attnlab.bench.harness import Result, Row, finish
 from attnlab.bench.subjects import FORMULA, LIBRARY, OURS, attentions, with_gradients
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
+QUICK = (2048, 16384)
 AT, FORWARD, GRADIENTS = 16384, 59.0, 32.0  # the paper's figures
 GROWTH = 1.1  # the largest exponent of n that counts as linear
 TPU = "v5p:2x2x1"  # its 95 GB hold the materialising form at every length here
 PASSES = {"forward": FORWARD, "gradients": GRADIENTS}
 
 
-def tpu_device() -> Any | None:
-    """A TPU to compile for, from the compiler's description of one; None without `libtpu`."""
+def tpu_device() -> Any:
+    """A TPU to compile for, which need not be there.
+
+    Raises NotImplementedError where the compiler is not installed or does not start.
+    """
     if importlib.util.find_spec("libtpu") is None:
-        return None
+        raise NotImplementedError("the libtpu wheel is not installed (pip install libtpu)")
     from jax.experimental import topologies
 
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=TPU).devices[0]
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).split(". ")[0]
+        raise NotImplementedError(f"the TPU compiler does not start: {reason}") from error
+
+
+def devices() -> tuple[dict[str, Any], list[str]]:
+    """The devices to compile for, by name, and a note on each that cannot be had."""
+    # Otherwise a second process with libtpu in it, on the same machine, would be turned away.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     with _quiet():
-        return topologies.get_topology_desc(platform="tpu", topology_name=TPU).devices[0]
-
-
-def devices() -> dict[str, Any]:
-    """The devices to compile for, by name."""
-    found = {"CPU": jax.local_devices(backend="cpu")[0], "TPU v5p": tpu_device()}
-    return {name: device for name, device in found.items() if device is not None}
+        found = {"CPU": jax.local_devices(backend="cpu")[0]}
+        try:
+            return {**found, "TPU v5p": tpu_device()}, []
+        except NotImplementedError as error:
+            return found, [f"TPU: skipped, {error}."]
 
 
 def temporaries(function: Callable, shapes: Sequence[tuple[int, ...]], device: Any) -> int:
     """Bytes of temporary memory that the compiled function would take on the device."""
     place = jax.sharding.SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=place) for s in shapes]
-    compiled = jax.jit(function).lower(*arguments).compile()
+    with _not_kept():
+        compiled = jax.jit(function).lower(*arguments).compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise NotImplementedError(f"{device}: its compiler does not tell how much memory it takes.")
@@ -70,11 +83,9 @@ def growth(lengths: Sequence[int], sizes: Sequence[int]) -> float:
 
 def run(save: Any = None, quick: bool = False) -> Result:
     """Table of temporaries by compiler, pass and length, with ratios and the growth of ours."""
-    lengths = (2048, AT) if quick else LENGTHS
-    rows, notes = [], []
-    found = devices()
-    if len(found) == 1:
-        notes.append("TPU: skipped, the libtpu wheel is not installed (pip install libtpu).")
+    lengths = QUICK if quick else LENGTHS
+    rows = []
+    found, notes = devices()
     for place, device in found.items():
         for passes, wanted in PASSES.items():
             ours = []
@@ -112,6 +123,21 @@ def run(save: Any = None, quick: bool = False) -> Result:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f}"
+
+
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """Keep out of JAX's persistent cache what is compiled for a machine that is not there.
+
+    It could be written to the cache, but not be read from it.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    saved = getattr(jax.config, name)
+    try:
+        jax.config.update(name, float("inf"))
+        yield
+    finally:
+        jax.config.update(name, saved)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ def formula(
     """The textbook form, which materialises all T·S scores."""
     scores = jnp.einsum("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
     if causal:
-        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
+        allowed = jnp.tri(*scores.shape[-2:], dtype=bool)[None, None]
+        scores = jnp.where(allowed, scores, -jnp.inf)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), value)
 
 

@@ -12,7 +12,7 @@ import jax
 from attnlab.bench.harness import MismatchError, Result, Row, available_memory, compare, finish
 from attnlab.bench.subjects import FORMULA, LIBRARY, OURS, attentions, inputs, with_gradients
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS, QUICK = (512, 1024, 2048, 4096, 8192, 16384), (512, 1024)
 HEADS = (1, 4)
 TOLERANCE = 1e-4  # of the largest entry, float32
 NEVER_SLOWER, FASTER_FROM = 1.05, 4096
@@ -65,7 +65,7 @@ def measure(passes: str, causal: bool, heads: int, length: int, seconds: float) 
 
 def run(save: Any = None, quick: bool = False) -> Result:
     """Table of times by pass, mask, heads and length, with ratios (and their range by round)."""
-    lengths, heads = ((512, 1024), (1,)) if quick else (LENGTHS, HEADS)
+    lengths, heads = (QUICK, (1,)) if quick else (LENGTHS, HEADS)
     rows = [
         measure(passes, causal, count, length, seconds=0.5 if quick else 6.0)
         for passes in PASSES

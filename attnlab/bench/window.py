@@ -16,7 +16,7 @@ from attnlab.bench.subjects import inputs, with_gradients
 from attnlab.bench.time import TOLERANCE
 from attnlab.core.masks import Causal, Mask, SlidingWindow
 
-LENGTH, WINDOW = 16384, 256
+LENGTH, QUICK, WINDOW = 16384, 2048, 256
 TARGET = 0.1
 TILE = 128  # for counting
 HEADS = (1, 4)
@@ -60,7 +60,7 @@ def tiles(mask: Mask, length: int) -> str:
 
 def run(save: Any = None, quick: bool = False) -> Result:
     """Table of the time of the window and of the causal form, with ratios and tile counts."""
-    length, heads = (2048, (1,)) if quick else (LENGTH, HEADS)
+    length, heads = (QUICK, (1,)) if quick else (LENGTH, HEADS)
     window, causal = SlidingWindow(WINDOW - 1), Causal()
     rows = []
     for passes, wrap in PASSES.items():

@@ -224,7 +224,7 @@ def _prepare(
     implementation: str, block_sizes: Any,
 ) -> tuple[Call, str]:  # fmt: skip
     """Check every argument, and put heads before positions."""
-    query, key, value = _check_arrays(query, key, value)
+    query, key, value = check_inputs(query, key, value)
     batch = query.shape[:-3]
     sizes = {"N": query.shape[-2], "T": query.shape[-3], "S": key.shape[-3]}
     if implementation not in ("auto", *IMPLEMENTATIONS):
@@ -263,7 +263,8 @@ def _prepare(
     return call, implementation
 
 
-def _check_arrays(*inputs: Any) -> list[Array]:
+def check_inputs(*inputs: Any) -> list[Array]:
+    """Query, key and value as arrays, or the error that `attention` documents."""
     arrays = []
     for name, x, axes in zip(("query", "key", "value"), inputs, _AXES, strict=True):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
@@ -381,7 +382,7 @@ def dot_product_attention(
         masks = also(KeyPadding(jnp.asarray(key_value_seq_lengths)))
     if query_seq_lengths is not None:
         masks = also(_QueryPadding(jnp.asarray(query_seq_lengths)))
-    modifiers = ()
+    modifiers: tuple[ScoreModifier, ...] = ()
     if bias is not None:
         bias = jnp.asarray(bias)
         modifiers = (Bias(bias.reshape((1,) * max(0, 3 - bias.ndim) + bias.shape)),)

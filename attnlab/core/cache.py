@@ -1,5 +1,7 @@
 """Key/value caches: what decoding remembers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -22,7 +24,7 @@ class KVCache:
         num_kv_heads: int,
         head_width: int,
         value_width: int | None = None,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: Any = jnp.float32,
     ) -> "KVCache":
         """An empty cache.
 

@@ -63,8 +63,8 @@ def keep_mask(
         return jnp.broadcast_to(x, shape)
 
     heads = np.broadcast_shapes(number.shape, at.head.shape)
-    keys = tuple(words[i].reshape((1,) * rank) for i in range(2))
-    own = threefry_2x32(keys, (spread(number, heads), spread(word(at.head), heads)))
+    first, second = (words[i].reshape((1,) * rank) for i in range(2))
+    own = threefry_2x32((first, second), (spread(number, heads), spread(word(at.head), heads)))
     shape = np.broadcast_shapes(heads, at.query.shape, at.key.shape)
     bits, _ = threefry_2x32(own, (spread(word(at.query), shape), spread(word(at.key), shape)))
     return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))

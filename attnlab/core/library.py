@@ -25,6 +25,8 @@ def library_limits(call: Call, implementation: str) -> str | None:
         return "takes at most one batch axis"
     if call.value.shape[-1] != call.query.shape[-1]:
         return f"needs values as wide as keys, got {call.value.shape[-1]}, {call.query.shape[-1]}"
+    if call.query.dtype == jnp.float64:
+        return "computes in float32, which would lose precision of float64"
     if implementation == "cudnn" and call.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16 only, not {call.query.dtype}"
     return None
@@ -67,7 +69,7 @@ def library_attention(
             mask,
             scale=call.scale,
             is_causal=plain_causal,
-            implementation=implementation,
+            implementation=implementation,  # type: ignore[call-overload]
             return_residual=True,
         )
     out = heads_first(out).astype(call.accumulator)

@@ -89,7 +89,7 @@ def _jvp(
         at = [residuals[i] for i in moving]
         parts.append(jax.jvp(in_residuals, at, [d_residuals[i] for i in moving])[1])
     if not parts:
-        return out, [ad.Zero.from_primal_value(x) for x in out]
+        return out, [jnp.zeros_like(x) for x in out]
     return out, [sum(terms[1:], terms[0]) for terms in zip(*parts, strict=True)]
 
 

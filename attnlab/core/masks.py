@@ -276,13 +276,14 @@ class Prefix(Mask):
     def __post_init__(self) -> None:
         # A plain int becomes part of the type, so that empty tiles are known before running.
         if isinstance(self.length, int):
+            if self.length < 0:
+                raise ValueError(f"Prefix: length should not be negative, got {self.length}.")
             object.__setattr__(self, "fixed", self.length)
             object.__setattr__(self, "length", None)
-            if self.fixed < 0:
-                raise ValueError(f"Prefix: length should not be negative, got {self.fixed}.")
 
     def allowed(self, at: At) -> Bool[Array, "..."]:
-        return at.key < (self.length if self.fixed is None else self.fixed)
+        length: Any = self.length if self.fixed is None else self.fixed
+        return at.key < length
 
     def bounds(self, span: Span) -> tuple[Any, Any]:
         if self.fixed is None:

@@ -31,7 +31,7 @@ class Mechanism(nnx.Module):
         value: Float[Array, "*B S K D"],
         **options: Any,
     ) -> Any:
-        """ "*B T N D".  `options` are those of `attnlab.attention`."""
+        """Attend: "*B T N D".  `options` are those of `attnlab.attention`."""
         return attention(query, key, value, **options)
 
 

@@ -1,6 +1,7 @@
 r"""The partial-softmax monoid: attention over some of the keys, ready to be merged with the rest.
 
-    Partial(acc, max, sum):  max = max_j s_j,  sum = sum_j e^(s_j - max),  acc = sum_j e^(s_j - max) v_j
+    Partial(acc, max, sum):  max = max_j s_j
+                             sum = sum_j e^(s_j - max),  acc = sum_j e^(s_j - max) v_j
     merge:  rescale both to the larger maximum and add
     finish: acc / sum,  log-sum-exp = max + log sum
 
@@ -9,7 +10,7 @@ in any order and any bracketing: blockwise attention, split decoding, rings and 
 the same fold.  Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class Partial(NamedTuple):
 
     @classmethod
     def identity(
-        cls, rows: tuple[int, ...], value_width: int, dtype: jnp.dtype = jnp.float32
+        cls, rows: tuple[int, ...], value_width: int, dtype: Any = jnp.float32
     ) -> "Partial":
         """Nothing seen yet, for query rows of shape `rows`."""
         return cls(

@@ -7,7 +7,6 @@ tile; the reference is the case in which the tile is the whole matrix.
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -79,6 +78,7 @@ def _repeat_heads(x: Bool[Array, "*B K S"], query: Array) -> Bool[Array, "*B N S
 
 
 def zero_bad(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Zeros in place of NaN and infinity."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
@@ -100,7 +100,7 @@ def log_weights(
     at: At,
     allowed: Bool[Array, "..."] | None,
 ) -> Float[Array, "*B N t s"]:
-    """Scores after the modifiers (and the normalizer's logarithm, for a shared one); -inf masked."""
+    """Scores after modifiers (for a shared normalizer, after its logarithm too); -inf if masked."""
     if allowed is not None:
         # Twice `where`: what a modifier makes of a masked score must not reach a gradient.
         products = jnp.where(allowed, products, 0)
@@ -161,9 +161,10 @@ def reference_attention(
 
 
 def default_scale(head_width: int) -> float:
+    """1 / sqrt(H)."""
     return 1 / math.sqrt(head_width)
 
 
 def heads_first(x: Array) -> Array:
-    """ "*B T N H" to "*B N T H" and back."""
-    return jax.numpy.swapaxes(x, -3, -2)
+    """Positions before heads to heads before positions, "*B N T H", and back."""
+    return jnp.swapaxes(x, -3, -2)

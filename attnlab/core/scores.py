@@ -58,12 +58,13 @@ def apply_modifiers(
     modifiers: Sequence[ScoreModifier], score: Float[Array, "..."], at: At
 ) -> Float[Array, "..."]:
     """The modifiers in order, their arrays cast to the dtype of the scores."""
+    dtype = score.dtype
+
+    def cast(x: Array) -> Array:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
     for modifier in modifiers:
-        modifier = jax.tree.map(
-            lambda x: x.astype(score.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-            modifier,
-        )
-        score = jnp.broadcast_to(modifier(score, at), score.shape)
+        score = jnp.broadcast_to(jax.tree.map(cast, modifier)(score, at), score.shape)
     return score
 
 

@@ -9,7 +9,7 @@ Axes: B any leading batch axes, N query heads, T queries, S keys, * further axes
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, dataclass_transform
 
 import jax
@@ -97,7 +97,7 @@ class Term:
             children = [(jax.tree_util.GetAttrKey(n), getattr(term, n)) for n in data]
             return children, tuple(getattr(term, n) for n in meta)
 
-        def unflatten(aux: tuple, children: Sequence[Any]) -> Any:
+        def unflatten(aux: tuple, children: Iterable[Any]) -> Any:
             # Not through __init__: JAX also unflattens with placeholders in place of arrays.
             term = object.__new__(cls)
             for name, value in zip((*data, *meta), (*children, *aux), strict=True):

@@ -3,10 +3,10 @@ r"""Memory-efficient attention: the softmax is divided out last, so keys can com
     for each chunk c of keys:  m_c = max s_j,  l_c = sum e^(s_j - m_c),  v_c = sum e^(s_j - m_c) v_j
     O = sum_c e^(m_c - m) v_c / sum_c e^(m_c - m) l_c,   m = max m_c
 
-Rabe & Staats 2021, arXiv:2112.05682.  Queries come in chunks too (1,024 of them, against 4,096 keys,
-the paper's defaults), and the backward pass recomputes each chunk.  The paper differentiates through
-`jax.checkpoint`; here the backward is a fold of its own, with the same memory and fewer products.
-It claims 59 times less memory overhead forward and 32 times less with gradients at n = 16,384.
+Rabe & Staats 2021, arXiv:2112.05682.  Queries come in chunks too (1,024 of them, against 4,096
+keys, the paper's defaults), and the backward pass recomputes each chunk.  The paper differentiates
+through `jax.checkpoint`; here the backward is a fold of its own, in the same memory.  It claims 59
+times less memory overhead forward and 32 times less with gradients at n = 16,384.
 """
 
 from typing import Any
@@ -105,7 +105,7 @@ ENTRY = Entry(
             "rows-sum-to-one",
             "linear-memory",
         }
-    ),  # fmt: skip
+    ),
     function=memory_efficient_attention,
     module=MemoryEfficient,
     build=_build,

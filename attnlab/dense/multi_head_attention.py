@@ -23,7 +23,7 @@ def dot_product(
     value: Float[Array, "*B S K D"],
     **options: Any,
 ) -> Any:
-    """ "*B T N D".  `options` are those of `attnlab.attention`, which this is."""
+    """Softmax attention: "*B T N D".  `options` are those of `attnlab.attention`, which this is."""
     return attention(query, key, value, **options)
 
 
@@ -57,7 +57,7 @@ ENTRY = Entry(
             "rows-sum-to-one",
             "linear-memory",
         }
-    ),  # fmt: skip
+    ),
     function=dot_product,
     module=DotProduct,
     build=_build,

@@ -73,6 +73,24 @@ def dropout(
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+class RMSNorm(nnx.Module):
+    """x / rms(x) times a learned gain, computed in float32 at least.
+
+    `flax.nnx.RMSNorm` does the same, but not in bfloat16 under strict dtype promotion.
+    """
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        """The same shape and dtype as `x`."""
+        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        gain = self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * rms * gain).astype(x.dtype)
+
+
 class FeedForward(nnx.Module):
     """The MLP of a block: W2 gelu(W1 x), or W2 (gelu(W1 x) * W3 x) when gated."""
 
@@ -127,7 +145,7 @@ class Block(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.attention_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        self.attention_norm = RMSNorm(features)
         self.attention = attnlab.MultiHeadAttention(
             features,
             num_heads,
@@ -140,7 +158,7 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.attention.out.kernel[...] *= output_scale
-        self.mlp_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(features)
         self.mlp = FeedForward(
             features, hidden, gated=gated, output_scale=output_scale, dtype=dtype, rngs=rngs
         )
@@ -226,7 +244,7 @@ class CausalLM(nnx.Module):
             )
             for _ in range(num_layers)
         )
-        self.norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(features)
         self.readout = (
             None
             if tie_embeddings
@@ -255,8 +273,8 @@ class CausalLM(nnx.Module):
         mask: Mask | Bool[Array, "..."] | None = None,
         cache: Cache | None = None,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "*B T V"] | tuple[Float[Array, "*B T V"], Cache]:
-        """The logits of the next token after each token.
+    ) -> Any:
+        """The logits "*B T V" of the next token after each token.
 
         `mask` narrows the causal mask further (documents packed into one row: `Segments`).
         With `cache` (from `init_cache`) the tokens are taken to follow those already cached, and
@@ -268,14 +286,14 @@ class CausalLM(nnx.Module):
             mask = ArrayMask(mask)
         mask = Causal() if mask is None else Causal() & mask
         layers = len(self.blocks)
-        keys = [None] * (layers + 1)
+        keys: list[Any] = [None] * (layers + 1)
         if dropout_key is not None and self.dropout_rate > 0.0:
             keys = list(jax.random.split(dropout_key, layers + 1))
         offset = 0 if cache is None else cache[0].length
         x = self.embedding(tokens) * math.sqrt(self.features)
         x = self.blocks[0].attention.mechanism.embed(x, offset=offset)
         x = dropout(x, self.dropout_rate, keys[layers])
-        caches = []
+        caches: list[Any] = []
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else cache[layer]
             x, past = block(x, mask=mask, cache=past, dropout_key=keys[layer])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attnlab.core.attention import attention
+from attnlab.core.attention import attention, check_inputs
 from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.modules import Mechanism
 from attnlab.core.normalizers import Sigmoid
@@ -42,6 +42,7 @@ def sigmoid_attention(
     Raises:
       ValueError: as `attnlab.attention`; there is no log-sum-exp to return.
     """
+    query, key, value = check_inputs(query, key, value)
     bias = -math.log(key.shape[-3]) if bias is None else bias
     shift = Bias(jnp.reshape(jnp.asarray(bias, jnp.float32), (-1, 1, 1)))
     return attention(query, key, value, normalizer=Sigmoid(), **after(shift, options))

@@ -12,7 +12,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attnlab.core.attention import attention
+from attnlab.core.attention import attention, check_inputs
 from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.modules import Mechanism
 from attnlab.core.scores import AlibiSlopes, after, alibi_slopes
@@ -32,6 +32,7 @@ def alibi_attention(
       slopes: m_n, one per query head; `alibi_slopes(N)` by default.
       options: as for `attnlab.attention`.
     """
+    query, key, value = check_inputs(query, key, value)
     slopes = alibi_slopes(query.shape[-2]) if slopes is None else slopes
     return attention(query, key, value, **after(AlibiSlopes(slopes), options))
 

@@ -1,14 +1,14 @@
 r"""The Bayesian attention mechanism: positional encoding is a prior over where to look.
 
     A_ij = softmax_j(q_i . k_j / sqrt(H) + log p(j | i))
-    log p(j | i) = -e^scale (|j - i - mu| + eps)^shape,   mu = e^loc - e^-loc     (per head, learned)
+    log p(j | i) = -e^scale (|j - i - mu| + eps)^shape,   mu = e^loc - e^-loc
 
-Bianchessi, Aguirre, Barros & Kupssinskü 2025, arXiv:2505.22842.  The prior is a generalised
-Gaussian: shape 1 is a Laplace distribution, which is ALiBi; a scale going to -infinity, or shape 0,
-is the uniform one, which is NoPE; shape below 1 has a heavy tail, and shape below 0 even turns away
-from near keys.  The prior's normalizing constant cancels in the softmax.  As in the authors' code:
-scale starts at the logarithm of ALiBi's slopes, shape at 1, loc at 0, and eps = 1e-5 keeps the
-derivative in `shape` finite at distance zero.
+with scale, shape and loc learned per head.  Bianchessi, Aguirre, Barros & Kupssinskü 2025,
+arXiv:2505.22842.  The prior is a generalised Gaussian: shape 1 is a Laplace distribution, which is
+ALiBi; a scale going to -infinity, or shape 0, is the uniform one, which is NoPE; shape below 1 has
+a heavy tail, and shape below 0 even turns away from near keys.  The prior's normalizing constant
+cancels in the softmax.  As in the authors' code, scale starts at the logarithm of ALiBi's slopes,
+shape at 1 and loc at 0, and eps = 1e-5 keeps the derivative in `shape` finite at distance zero.
 
 BAM-SSMax multiplies scores and prior by s_n log n_i, with n_i the number of keys that query i sees
 (in packed documents, of its own document) and s_n a learned number per head that starts at 1:
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attnlab.core.attention import attention, log_num_visible
+from attnlab.core.attention import attention, check_inputs, log_num_visible
 from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.modules import Mechanism
 from attnlab.core.scores import ScoreModifier, after, alibi_slopes
@@ -86,6 +86,7 @@ def bam_ssmax_attention(
       length_scale: s, one per query head; scores and prior are multiplied by s log n.
       prior_scale, prior_shape, prior_loc, eps, options: as for `bam_attention`.
     """
+    query, key, value = check_inputs(query, key, value)
     loc = jnp.zeros_like(prior_scale) if prior_loc is None else prior_loc
     log_n = log_num_visible(query, key, **options)
     factor = length_scale.astype(log_n.dtype).reshape((1,) * (log_n.ndim - 2) + (-1, 1)) * log_n

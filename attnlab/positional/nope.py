@@ -23,7 +23,10 @@ def nope_attention(
     value: Float[Array, "*B S K D"],
     **options: Any,
 ) -> Any:
-    """ "*B T N D".  `options` are those of `attnlab.attention`; give a causal mask for a decoder."""
+    """Plain attention: "*B T N D".  `options` are those of `attnlab.attention`.
+
+    A decoder gives a causal mask, from which alone it can know the order.
+    """
     return attention(query, key, value, **options)
 
 
@@ -61,7 +64,7 @@ ENTRY = Entry(
             "rows-sum-to-one",
             "linear-memory",
         }
-    ),  # fmt: skip
+    ),
     function=nope_attention,
     module=NoPE,
     build=_build,

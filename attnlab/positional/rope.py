@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attnlab.core.attention import attention
+from attnlab.core.attention import attention, check_inputs
 from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.modules import Mechanism
 from attnlab.core.terms import accumulator
@@ -72,6 +72,7 @@ def rope_attention(
     Raises:
       ValueError: H is odd, or theta is not positive.
     """
+    query, key, value = check_inputs(query, key, value)
     query = rotate(query, offset=query_offset, theta=theta, interleaved=interleaved)
     key = rotate(key, offset=key_offset, theta=theta, interleaved=interleaved)
     return attention(query, key, value, query_offset=query_offset, key_offset=key_offset, **options)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attnlab.core.attention import attention
+from attnlab.core.attention import attention, check_inputs
 from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.modules import Mechanism
 from attnlab.core.terms import accumulator
@@ -54,6 +54,7 @@ def sinusoidal_attention(
       theta: base of the frequencies.
       query_offset, key_offset, options: as for `attnlab.attention`.
     """
+    query, key, value = check_inputs(query, key, value)
 
     def placed(x: Array, offset: Any) -> Array:
         waves = sinusoidal_encoding(

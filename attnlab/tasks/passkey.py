@@ -59,7 +59,7 @@ class Passkey:
         batch_size: int,
         length: int,
         *,
-        depth: float | Float[Array, " B"] | None = None,
+        depth: float | int | Float[Array, " B"] | None = None,
     ) -> Int[Array, "B L"]:
         """Rows of exactly `length` tokens, the key hidden at a random depth, or at `depth`.
 

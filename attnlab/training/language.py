@@ -61,7 +61,7 @@ def train_language_model(
     if resume:
         if folder is None:
             raise ValueError("resume: needs the folder of a run.")
-        if folder.steps():
+        if folder.steps() or step is not None:
             restore = partial(folder.restore, step=step)
     draw = partial(sample_batch, batch_size=train.batch_size, context=train.context)
     history = fit(

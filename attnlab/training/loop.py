@@ -59,7 +59,7 @@ def fit(
     *,
     evaluate: Callable[[Any], float] | None = None,
     evaluate_every: int | None = None,
-    save: Callable[[TrainState, History], None] | None = None,
+    save: Callable[[TrainState, History], Any] | None = None,
     save_every: int | None = None,
     restore: Callable[[TrainState], tuple[TrainState, History]] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,

@@ -53,4 +53,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     ]
     if config.positional_rate != 1.0:
         stages.append(optax.GradientTransformation(lambda params: optax.EmptyState(), faster))
-    return optax.chain(*stages)
+    chain = optax.chain(*stages)
+
+    def update(updates, state, params=None):
+        # optax counts steps in integers and raises floats to them: strict promotion forbids that.
+        with jax.numpy_dtype_promotion("standard"):
+            return chain.update(updates, state, params)
+
+    return optax.GradientTransformation(chain.init, update)

@@ -1,6 +1,7 @@
 """Telling a person how training goes: a bar on a terminal, plain lines elsewhere."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -21,8 +22,8 @@ class Reporter(AbstractContextManager):
         self.lines_every = lines_every
         self._start = start
         self._next_line = 0
-        self._bar = None
-        self._task = None
+        self._bar: Bar | None = None
+        self._task: Any = None
 
     def __enter__(self) -> "Reporter":
         if self.console.is_terminal:

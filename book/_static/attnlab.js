@@ -62,7 +62,9 @@ function searchable(atlas) {
   show();
 }
 
-document.querySelectorAll("[data-atlas]").forEach((atlas) => {
-  sortable(atlas.querySelector("table"));
-  searchable(atlas);
+document.addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll("[data-atlas]").forEach((atlas) => {
+    sortable(atlas.querySelector("table"));
+    searchable(atlas);
+  });
 });

@@ -11,10 +11,9 @@ import numpy as np
 STATIC = pathlib.Path(__file__).parents[1] / "_static"
 SIZE, WIDTH, CELL, GAP = 8, 6, 18, 2
 PANEL = SIZE * (CELL + GAP) - GAP
-STEP = PANEL + 62
 NAMES = (
     ("score", "how alike are they?", "q·k / √H"),
-    ("structure", "who may meet, at what prior?", "causal, − m |i − j|"),
+    ("structure", "who may meet, how likely?", "causal, − m |i − j|"),
     ("normalise", "scores become weights", "softmax"),
     ("mix", "what is read out", "Σ w · v"),
 )
@@ -61,27 +60,25 @@ def panel(values: np.ndarray, left: float, top: float) -> str:
 
 
 def hero() -> str:
-    """The front figure."""
-    parts = []
-    for number, ((name, question, formula), values) in enumerate(zip(NAMES, steps(), strict=True)):
-        left, middle = number * STEP, number * STEP + PANEL / 2
-        parts += [
-            f'<text x="{middle:g}" y="16" class="name">{name}</text>',
-            f'<text x="{middle:g}" y="34" class="question">{question}</text>',
-            panel(values, left, 50),
-            f'<text x="{middle:g}" y="{PANEL + 74}" class="formula">{formula}</text>',
-        ]
-        if number < len(NAMES) - 1:
-            start, y = left + PANEL + 16, 50 + PANEL / 2
-            arrow = f"M{start} {y} h26 m-8 -7 l8 7 l-8 7"
-            parts.append(f'<path d="{arrow}" class="arrow"/>')
-    width, height = 3 * STEP + PANEL + 40, PANEL + 84
+    """The front figure: four drawings that stand in a row, or two by two where it is narrow."""
+    steps_drawn = zip(NAMES, steps(), strict=True)
     label = "Attention as four choices: score, structure, normalise, mix"
-    body = "\n".join(parts)
-    return (
-        f'<svg class="hero" viewBox="-20 0 {width} {height}" role="img" aria-label="{label}" '
-        f'xmlns="http://www.w3.org/2000/svg">\n{body}\n</svg>\n'
-    )
+    body = "\n".join(choice(*names, values) for names, values in steps_drawn)
+    return f'<div class="hero" role="img" aria-label="{label}">\n{body}\n</div>\n'
+
+
+def choice(name: str, question: str, formula: str, values: np.ndarray) -> str:
+    """One of the four choices: its name, the question it answers, a matrix, a formula."""
+    middle, margin = PANEL / 2, 16
+    lines = [
+        f'<text x="{middle:g}" y="16" class="name">{name}</text>',
+        f'<text x="{middle:g}" y="34" class="question">{question}</text>',
+        panel(values, 0, 48),
+        f'<text x="{middle:g}" y="{PANEL + 72}" class="formula">{formula}</text>',
+    ]
+    box = f"{-margin} 0 {PANEL + 2 * margin} {PANEL + 82}"
+    drawn = "\n".join(lines)
+    return f'<svg viewBox="{box}" xmlns="http://www.w3.org/2000/svg">\n{drawn}\n</svg>'
 
 
 def mark(background: str) -> str:

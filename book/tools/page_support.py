@@ -67,7 +67,7 @@ def cell(rows: Rows) -> str:
 def grid(rows: Rows, across: str, down: str, heading: str) -> str:
     """A table of verdicts: one row per value of `down`, one column per value of `across`."""
     columns = ordered(rows, across)
-    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in columns)
+    head = "".join(f'<th scope="col"><span>{label(name, across)}</span></th>' for name in columns)
     lines = []
     for name in ordered(rows, down):
         own = [row for row in rows if row[down] == name]
@@ -77,6 +77,12 @@ def grid(rows: Rows, across: str, down: str, heading: str) -> str:
         f'<div class="atlas-scroll"><table class="support"><thead><tr><th>{heading}</th>{head}'
         f"</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
     )
+
+
+def label(name: str, column: str) -> str:
+    """A heading; an entry's leads to its page."""
+    shown = escape(name)
+    return f'<a href="atlas/{shown}.html">{shown}</a>' if column == "entry" else shown
 
 
 def matrix(rows: Rows) -> str:

@@ -7,7 +7,7 @@ from stage import Tree
 
 
 def assets() -> Tree:
-    """MathJax with its fonts, and Plotly, under `_static/`."""
+    """MathJax with its fonts, and Plotly: what is under `_extra/` goes to the root of the site."""
     return mathjax() | plotly()
 
 
@@ -19,8 +19,8 @@ def mathjax() -> Tree:
     for file in importlib.metadata.files("sphinx-mathjax-offline") or []:
         name = file.as_posix()
         if name.startswith(prefix) and name.removeprefix(prefix).startswith(wanted):
-            found["_static/mathjax/" + name.removeprefix(prefix)] = file.read_binary()
-    if "_static/mathjax/tex-chtml.js" not in found:
+            found["_extra/_static/mathjax/" + name.removeprefix(prefix)] = file.read_binary()
+    if "_extra/_static/mathjax/tex-chtml.js" not in found:
         raise SystemExit("sphinx-mathjax-offline is installed without MathJax; run `make book`")
     return found
 
@@ -30,4 +30,4 @@ def plotly() -> Tree:
     import plotly as package
 
     script = pathlib.Path(package.__file__).parent / "package_data" / "plotly.min.js"
-    return {"_static/plotly.min.js": script.read_bytes()}
+    return {"_extra/_static/plotly.min.js": script.read_bytes()}

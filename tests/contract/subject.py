@@ -51,7 +51,7 @@ class Subject:
         """Graph and parameters; parameters are moved off their initial values, which may be zero."""
         module = self.entry.build(HEADS, WIDTH, rngs=nnx.Rngs(0))
         graph, state = nnx.split(module)
-        rng = np.random.default_rng(7)
+        rng = np.random.default_rng(11)
 
         def moved(x):
             x = np.asarray(x)

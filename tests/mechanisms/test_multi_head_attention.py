@@ -1,0 +1,80 @@
+"""Multi-head attention: heads are independent, and the module is projections around the function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attnlab
+from attnlab import KVCache, MultiHeadAttention, atlas, masks
+from tests import oracles
+from tests.core import draw
+from tests.tolerances import as_float64, assert_close, assert_reordered
+
+
+def test_heads_do_not_see_each_other():
+    query, key, value = map(jnp.asarray, draw.inputs(draw.Sizes((), 6, 6, 4, 4, 4, 4), 0))
+    together = attnlab.attention(query, key, value)
+    for n in range(4):
+        alone = attnlab.attention(*(x[:, n : n + 1] for x in (query, key, value)))
+        assert_reordered(together[:, n : n + 1], as_float64(alone), np.float32)
+
+
+def test_the_mechanism_is_attention_itself():
+    arrays = tuple(map(jnp.asarray, draw.inputs(draw.SIZES[1], 0)))
+    module = atlas.get("multi-head-attention").build(4, 8, rngs=nnx.Rngs(0))
+    exact = oracles.attention(*map(as_float64, arrays))
+    assert_close(module(*arrays), exact, np.float32)
+
+
+@pytest.mark.parametrize("id", sorted(atlas.entries()))
+def test_a_cache_decodes_what_the_whole_sequence_gives(id, rng):
+    """One token, then a chunk, then one by one; for every mechanism in the atlas."""
+    entry = atlas.get(id)
+    layer = MultiHeadAttention(
+        16, 4, num_kv_heads=2, mechanism=entry.build(4, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)
+    )
+    x = jnp.asarray(rng.standard_normal((2, 8, 16)), jnp.float32)
+    graph, state = nnx.split(layer)
+
+    @jax.jit
+    def run(state, x, cache=None):
+        return nnx.merge(graph, state)(x, cache=cache, mask=masks.Causal())
+
+    whole = as_float64(run(state, x))
+    cache = KVCache.create((2,), 11, 2, 4)
+    done = 0
+    for steps in (1, 6, 1):
+        out, cache = run(state, x[:, done : done + steps], cache)
+        assert_reordered(out, whole[:, done : done + steps], np.float32, words=f"from {done}")
+        done += steps
+    assert int(cache.length) == 8
+    with pytest.raises(ValueError, match="capacity 11"):
+        layer(jnp.zeros((2, 5, 16)), cache=cache)
+
+
+def test_module_works_under_split_merge_jit_and_grad(rng):
+    layer = MultiHeadAttention(8, 2, qk_norm=True, layer_scale=0.1, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jnp.asarray(rng.standard_normal((3, 5, 8)), jnp.float32)
+
+    @jax.jit
+    def gradient(state):
+        return jax.grad(lambda s: jnp.sum(jnp.sin(nnx.merge(graph, s)(x))))(state)
+
+    leaves = jax.tree.leaves(gradient(state))
+    assert leaves
+    assert all(np.any(np.asarray(g) != 0) for g in leaves)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"features": 10, "num_heads": 3}, "num_heads|features"),
+        ({"features": 8, "num_heads": 4, "num_kv_heads": 3}, "num_kv_heads"),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        MultiHeadAttention(**options, rngs=nnx.Rngs(0))
