@@ -24,6 +24,12 @@ HTML    := build/html
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export ALLOW_MULTIPLE_LIBTPU_LOAD = 1
+# The TPU compiler on a machine without a TPU: say so, or it searches for one, loudly.
+ifeq ($(wildcard /dev/accel* /dev/vfio/*),)
+export TPU_SKIP_MDS_QUERY ?= 1
+export TPU_WORKER_HOSTNAMES ?= localhost
+export TPU_ACCELERATOR_TYPE ?= v5litepod-4
+endif
 
 .PHONY: help book html lab lint test slow support bench clean distclean
 help:

@@ -1,14 +1,20 @@
 """attnlab: a laboratory of attention in JAX."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from attnlab.core import masks, normalizers, partial, scores
 from attnlab.core.attention import Choice, attention, dot_product_attention, explain
-from attnlab.core.cache import KVCache
 from attnlab.core.entry import Entry, Paper
 from attnlab.core.masks import Mask
-from attnlab.core.modules import Mechanism, MultiHeadAttention
 from attnlab.core.normalizers import Normalizer
 from attnlab.core.partial import Partial
 from attnlab.core.scores import ScoreModifier
+
+if TYPE_CHECKING:
+    from attnlab import atlas
+    from attnlab.core.cache import KVCache
+    from attnlab.core.modules import Mechanism, MultiHeadAttention
 
 __version__ = "0.1.0"
 
@@ -23,6 +29,7 @@ __all__ = [
     "Paper",
     "Partial",
     "ScoreModifier",
+    "atlas",
     "attention",
     "dot_product_attention",
     "explain",
@@ -31,3 +38,22 @@ __all__ = [
     "partial",
     "scores",
 ]
+
+# flax.nnx takes longer to import than the rest together; functions alone do not need it.
+_LATER = {
+    "KVCache": "attnlab.core.cache",
+    "Mechanism": "attnlab.core.modules",
+    "MultiHeadAttention": "attnlab.core.modules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "atlas":
+        return importlib.import_module("attnlab.atlas")
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'attnlab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -320,7 +320,9 @@ def attention(
     score = np.zeros((*batch, num_heads, num_queries, num_keys))
     group = num_heads // num_kv_heads
     for n in range(num_heads):
-        score[..., n, :, :] = rounded(query[..., n, :] @ np.swapaxes(key[..., n // group, :], -1, -2))
+        score[..., n, :, :] = rounded(
+            query[..., n, :] @ np.swapaxes(key[..., n // group, :], -1, -2)
+        )
     score = rounded(score * scale)
     for modify in modifiers:
         score = rounded(modify(score, i, j, head))
@@ -379,7 +381,9 @@ def scalable(scale_by_head, mask, num_queries, num_keys, *, query_offset=0, key_
     """SSMax: scores times s_head * log(number of keys that the query sees)."""
     i = query_offset + np.arange(num_queries)[:, None]
     j = key_offset + np.arange(num_keys)[None, :]
-    seen = np.broadcast_to(mask(i, j), np.broadcast_shapes(np.shape(mask(i, j)), (num_queries, num_keys)))
+    seen = np.broadcast_to(
+        mask(i, j), np.broadcast_shapes(np.shape(mask(i, j)), (num_queries, num_keys))
+    )
     count = np.maximum(np.sum(seen, axis=-1, keepdims=True), 1)
     by_head = np.asarray(scale_by_head, np.float64)
     return lambda score, i, j, head: score * (by_head[head] * np.log(count))

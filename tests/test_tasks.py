@@ -234,11 +234,9 @@ def little(**options):
 
 def test_an_experiment_is_repeatable_and_its_cache_gives_the_same_curves(tmp_path):
     told = []
-    curves = compare(
-        ("bam", "nope"), little(), cache=tmp_path, report=lambda id, progress: told.append(id)
-    )
-    assert list(curves) == ["bam", "nope"]
-    assert set(told) == {"bam", "nope"}
+    curves = compare(["bam"], little(), cache=tmp_path, report=lambda id, progress: told.append(id))
+    assert list(curves) == ["bam"]
+    assert set(told) == {"bam"}
     curve = curves["bam"]
     assert curve.lengths == (12, 24)
     assert curve.keys.shape == curve.digits.shape == (2,)
@@ -248,19 +246,17 @@ def test_an_experiment_is_repeatable_and_its_cache_gives_the_same_curves(tmp_pat
         "shape": (1, 2),
         "loc": (1, 2),
     }
-    assert curves["nope"].parameters == {}
     again = extrapolation.run("bam", little())
     np.testing.assert_array_equal(again.losses, curve.losses)
     np.testing.assert_array_equal(again.keys, curve.keys)
-    cached = compare(("bam", "nope"), little(), cache=tmp_path)["bam"]
+    cached = compare(["bam"], little(), cache=tmp_path)["bam"]
     assert cached.seconds == curve.seconds
     np.testing.assert_array_equal(cached.losses, curve.losses)
     np.testing.assert_array_equal(cached.parameters["shape"], curve.parameters["shape"])
-    assert len(list(tmp_path.iterdir())) == 2
-    for file in tmp_path.iterdir():
-        file.write_text("{}")
+    (file,) = tmp_path.iterdir()
+    file.write_text("{}")
     with pytest.raises(ValueError, match=r"cache: .*bam-.*\.json does not fit"):
-        compare(("bam",), little(), cache=tmp_path)
+        compare(["bam"], little(), cache=tmp_path)
 
 
 def test_other_settings_have_another_place_in_the_cache():

@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -173,7 +174,8 @@ class Result:
         console = console or _console()
         table = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE)
         for column in (*self.columns, "target", ""):
-            numeric = all(_is_number(row.cells.get(column)) for row in self.rows)
+            first = next((row.cells[column] for row in self.rows if column in row.cells), "")
+            numeric = _is_number(first)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in self.rows:
             cells = [_text(row.cells.get(column)) for column in self.columns]
@@ -218,7 +220,7 @@ def _console() -> Console:
 
 
 def _is_number(cell: Any) -> bool:
-    return cell is None or isinstance(cell, int | float | Ratio) or str(cell)[:1].isdigit()
+    return re.fullmatch(r"[\d.,]+×?( \(.*\))?", str(cell)) is not None
 
 
 def _text(cell: Any) -> str:

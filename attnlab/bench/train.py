@@ -160,8 +160,7 @@ def run(save: Any = None, quick: bool = False) -> Result:
     rounds = steps // chunk - 1  # the first chunk warms up
     timing = time_in_turn(advance, rounds=(rounds, rounds))
     cells = {
-        "model": f"{sizes['layers']} layers, width {sizes['width']}, context {sizes['context']}, "
-        f"batch {sizes['batch']}",
+        "model": f"{sizes['layers']} layers of {sizes['width']}, {sizes['batch']} × {sizes['context']} tokens",
         "steps": steps,
     }
     target = "" if quick else f"≤ {TARGET}"

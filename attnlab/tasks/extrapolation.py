@@ -52,11 +52,12 @@ class Extrapolation:
     task: Passkey = field(default_factory=lambda: Passkey(digits=1, noise=0.3))
     train_length: int = 64
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
-    steps: int = 300
+    steps: int = 500
     batch_size: int = 32
     num_layers: int = 2
     features: int = 64
     num_heads: int = 4
+    mlp_ratio: float = 1.0
     learning_rate: float = 3e-3
     positional_rate: float = 10.0
     eval_rows: int = 32
@@ -172,6 +173,7 @@ def train(
         num_layers=settings.num_layers,
         features=settings.features,
         num_heads=settings.num_heads,
+        mlp_ratio=settings.mlp_ratio,
     ).build(task.vocab_size, settings.seed)
     for block in model.blocks:
         own = block.attention.mechanism

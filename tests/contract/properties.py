@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from attnlab import masks
 from tests import oracles
@@ -111,9 +110,7 @@ def jit_equals_eager(subject: Subject, key):
     assert_reordered(eager, as_float64(subject.with_mask(arrays, example_mask())), subject.dtype)
 
 
-@promise(
-    "Mapped over a batch by vmap, the same numbers as with a batch axis.", dtypes=("float32",)
-)
+@promise("Mapped over a batch by vmap, the same numbers as with a batch axis.", dtypes=("float32",))
 def vmap_equals_batch(subject: Subject, key):
     arrays = subject.cast(draw(key))
     mapped = jax.jit(
@@ -212,11 +209,11 @@ def gradient_vs_differences(subject: Subject, key):
 
         gradient = jax.tree.leaves(run(*flat)[1])
         assert len(gradient) == len(flat), "a gradient is missing"
-        slope = oracles.directional(
-            lambda *x: float(run(*x)[0][0]), flat, direction, step=1e-4
-        )
+        slope = oracles.directional(lambda *x: float(run(*x)[0][0]), flat, direction, step=1e-4)
         found = sum(np.sum(as_float64(g) * d) for g, d in zip(gradient, direction, strict=True))
-        scale = sum(np.sum(np.abs(as_float64(g) * d)) for g, d in zip(gradient, direction, strict=True))
+        scale = sum(
+            np.sum(np.abs(as_float64(g) * d)) for g, d in zip(gradient, direction, strict=True)
+        )
     assert abs(found - slope) <= 1e-7 * max(1.0, scale), f"gradient {found}, differences {slope}"
 
 
@@ -244,14 +241,14 @@ def gradient_vs_float64(subject: Subject, key):
             # An error of some roundings in each entry adds up like a random walk.
             scale = max(largest(ours), 1e-2) * np.linalg.norm(direction[index])
             along = np.sum(ours * direction[index])
-            assert_close(
-                along, slope, subject.dtype, "gradient", scale=scale, words=f"d {name}"
-            )
+            assert_close(along, slope, subject.dtype, "gradient", scale=scale, words=f"d {name}")
     for ours, given in zip(gradient[1:], subject.cast(arrays), strict=True):
         assert ours.dtype == given.dtype, f"a gradient in {ours.dtype}"
 
 
-@promise("Scores of ten thousand and rows that see nothing: finite values, finite gradients, zeros.")
+@promise(
+    "Scores of ten thousand and rows that see nothing: finite values, finite gradients, zeros."
+)
 def finite_at_extremes(subject: Subject, key):
     allowed = example_mask()
     blind = ~_visible(allowed)
@@ -338,14 +335,18 @@ def permutation_of_keys(subject: Subject, key):
     assert_reordered(permuted, plain, subject.dtype)
 
 
-@promise("Shifting all positions by the same amount changes nothing.", claim="translation-invariant")
+@promise(
+    "Shifting all positions by the same amount changes nothing.", claim="translation-invariant"
+)
 def translation(subject: Subject, key):
     arrays = draw(key)
     at_zero = as_float64(subject.with_mask(arrays, example_mask()))
     # A rotation by a thousand positions has an angle rounded by a thousand times as much.
     for offset in (3, 1000):
         moved = subject.with_mask(arrays, example_mask(), (offset, offset))
-        scale = max(1.0, largest(at_zero)) * (1 + offset * epsilon(jnp.float32) / epsilon(subject.dtype))
+        scale = max(1.0, largest(at_zero)) * (
+            1 + offset * epsilon(jnp.float32) / epsilon(subject.dtype)
+        )
         assert_reordered(moved, at_zero, subject.dtype, scale=scale, words=f"shift by {offset}")
 
 
@@ -371,7 +372,9 @@ def grouped_heads(subject: Subject, key):
 def decode_equals_prefill(subject: Subject, key):
     query, key_, value = draw(key)
     whole = as_float64(
-        subject.causal(subject.state, *subject.cast((query, key_, value)), jnp.asarray(0, jnp.int32))
+        subject.causal(
+            subject.state, *subject.cast((query, key_, value)), jnp.asarray(0, jnp.int32)
+        )
     )
     for step in (0, 1, 6, LENGTH - 1):
         unwritten = (np.arange(LENGTH) > step)[:, None, None]

@@ -21,7 +21,9 @@ class Damaged(attnlab.Mechanism):
         self.defect = defect
 
     def __call__(self, query, key, value, **options):
-        defect = self.defect or (lambda attention, *arrays, **options: attention(*arrays, **options))
+        defect = self.defect or (
+            lambda attention, *arrays, **options: attention(*arrays, **options)
+        )
         return defect(attnlab.attention, query, key, value, **options)
 
 
@@ -121,7 +123,9 @@ def depends_on_the_padded_length(attention, query, key, value, **options):
 
 def knows_where_keys_are(attention, query, key, value, **options):
     place = jnp.arange(key.shape[-3], dtype=key.dtype)[:, None, None]
-    return attention(query, key + place.reshape((1,) * (key.ndim - 3) + place.shape), value, **options)
+    return attention(
+        query, key + place.reshape((1,) * (key.ndim - 3) + place.shape), value, **options
+    )
 
 
 def counts_from_zero_somewhere_else(attention, *arrays, key_offset=0, **options):

@@ -74,7 +74,11 @@ def test_drawn_structure_equals_the_formula(implementation, dtype, data):
     normalizer, oracle = NORMALIZERS[name]
     check(
         size,
-        {"mask": mask.term, "modifiers": tuple(m.term for m in modifiers), "normalizer": normalizer},
+        {
+            "mask": mask.term,
+            "modifiers": tuple(m.term for m in modifiers),
+            "normalizer": normalizer,
+        },
         {"mask": mask.oracle, "modifiers": [m.oracle for m in modifiers], "normalizer": oracle},
         implementation,
         dtype,
@@ -105,7 +109,9 @@ def test_xla_equals_the_formula_or_says_that_it_cannot(dtype, data):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise", "xla"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"]
+)
 @pytest.mark.parametrize("length", [1, 63, 1000])
 def test_awkward_lengths(implementation, dtype, length):
     size = draw.Sizes((), length, length, 2, 1, 8, 8)
@@ -216,7 +222,9 @@ def test_only_the_difference_of_the_offsets_matters(implementation):
 
 @pytest.mark.parametrize("implementation", PLAIN_JAX)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["softmax", "softmax with sink", "softmax plus one", "softplus l1"])
+@pytest.mark.parametrize(
+    "name", ["softmax", "softmax with sink", "softmax plus one", "softplus l1"]
+)
 def test_the_log_of_the_normalising_sum(implementation, dtype, name):
     size = draw.Sizes((2,), 20, 33, 2, 1, 4, 4)
     arrays = [jnp.asarray(x).astype(dtype) for x in draw.inputs(size, 3)]
@@ -246,7 +254,11 @@ def test_the_log_of_the_normalising_sum(implementation, dtype, name):
 @pytest.mark.parametrize("implementation", PLAIN_JAX)
 def test_keys_in_two_halves_merge_by_their_lse(implementation):
     query, key, value = map(jnp.asarray, draw.inputs(draw.SIZES[3], 2))
-    options = {"mask": masks.SlidingWindow(25, 5), "return_lse": True, "implementation": implementation}
+    options = {
+        "mask": masks.SlidingWindow(25, 5),
+        "return_lse": True,
+        "implementation": implementation,
+    }
     whole, lse = attention(query, key, value, **options)
     parts = [
         attention(query, key[..., a:b, :, :], value[..., a:b, :, :], key_offset=a, **options)
@@ -303,7 +315,9 @@ def test_masked_keys_and_values_may_hold_anything(implementation, as_formula, no
         )
 
     try:
-        (_, clean), clean_gradient = run(jnp.asarray(np.where(bad, 0, key)), jnp.asarray(np.where(bad, 0, value)))
+        (_, clean), clean_gradient = run(
+            jnp.asarray(np.where(bad, 0, key)), jnp.asarray(np.where(bad, 0, value))
+        )
         (_, out), gradient = run(poisoned(key, bad, rng), poisoned(value, bad, rng))
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
@@ -386,14 +400,20 @@ def test_a_row_that_sees_nothing_is_zero_in_value_and_gradient(implementation, n
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise", "xla"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"]
+)
 def test_scores_of_ten_thousand_stay_finite(implementation, dtype):
     size = draw.Sizes((), 8, 12, 2, 1, 4, value_width(implementation))
     query, key, value = (jnp.asarray(x).astype(dtype) for x in draw.inputs(size, 0))
 
     def loss(query, key, value):
         out = attention(
-            200 * query, 100 * key, value, mask=masks.SlidingWindow(4), implementation=implementation
+            200 * query,
+            100 * key,
+            value,
+            mask=masks.SlidingWindow(4),
+            implementation=implementation,
         )
         return jnp.sum(out.astype(jnp.float32)), out
 
@@ -590,7 +610,9 @@ def test_every_implementation_and_block_size_drops_the_same_pairs(keys):
 def test_dropout_is_a_function_of_its_key(implementation, keys):
     first, second = keys("first", "second")
     np.testing.assert_array_equal(dropped(implementation, first), dropped(implementation, first))
-    assert np.mean(np.asarray(dropped(implementation, first) != dropped(implementation, second))) > 0.9
+    assert (
+        np.mean(np.asarray(dropped(implementation, first) != dropped(implementation, second))) > 0.9
+    )
     plain = dropped(implementation, None, rate=0.0)
     assert np.mean(np.asarray(plain != dropped(implementation, first))) > 0.9
 
@@ -666,7 +688,9 @@ def test_auto_runs_everything():
     for name, (normalizer, oracle) in NORMALIZERS.items():
         arrays = draw.inputs(size, 0)
         got = attention(*map(jnp.asarray, arrays), mask=masks.Causal(), normalizer=normalizer)
-        exact = oracles.attention(*map(as_float64, arrays), mask=oracles.causal(), normalizer=oracle)
+        exact = oracles.attention(
+            *map(as_float64, arrays), mask=oracles.causal(), normalizer=oracle
+        )
         assert_close(got, exact, np.float32, words=name)
 
 

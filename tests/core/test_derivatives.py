@@ -68,7 +68,12 @@ def oracle_loss(case, read, read_lse):
     def loss(*flat):
         query, key, value, params = cases.unflatten(case, flat)
         out, lse = oracles.attention(
-            query, key, value, **case.oracle(params), query_offset=case.query_offset, return_lse=True
+            query,
+            key,
+            value,
+            **case.oracle(params),
+            query_offset=case.query_offset,
+            return_lse=True,
         )
         total = np.sum(np.sin(out) * read)
         if case.lse:
@@ -217,9 +222,9 @@ def test_in_float64_everything_is_exact_to_float64(case, implementation):
     oracle = oracle_loss(case, read, read_lse)
     with jax.enable_x64(True):
         loss = our_loss(case, implementation, read.astype(np.float64), read_lse.astype(np.float64))
-        value, gradient = jax.jit(
-            jax.value_and_grad(loss, argnums=tuple(range(len(flat))))
-        )(*map(jnp.asarray, exact))
+        value, gradient = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(flat)))))(
+            *map(jnp.asarray, exact)
+        )
         assert value.dtype == jnp.float64
         assert all(g.dtype == jnp.float64 for g in gradient)
     assert_close(value, oracle(*exact), np.float64, scale=100.0)
@@ -233,19 +238,30 @@ def test_in_float64_everything_is_exact_to_float64(case, implementation):
 def test_narrow_gradients_err_no_more_than_the_dtype(implementation, dtype):
     """Against float64 derivatives at the same (rounded) inputs."""
     query, key, value = (jnp.asarray(x).astype(dtype) for x in cases.draw_inputs(4))
-    read = np.random.default_rng(0).standard_normal((2, cases.QUERIES, cases.HEADS, cases.VALUE_WIDTH))
+    read = np.random.default_rng(0).standard_normal(
+        (2, cases.QUERIES, cases.HEADS, cases.VALUE_WIDTH)
+    )
     read = jnp.asarray(read).astype(dtype)
 
     def loss(query, key, value, implementation=implementation):
         out = attnlab.attention(
-            query, key, value, mask=attnlab.masks.Causal(), query_offset=6, implementation=implementation
+            query,
+            key,
+            value,
+            mask=attnlab.masks.Causal(),
+            query_offset=6,
+            implementation=implementation,
         )
-        return jnp.sum((out * read.astype(out.dtype)).astype(jnp.promote_types(out.dtype, jnp.float32)))
+        return jnp.sum(
+            (out * read.astype(out.dtype)).astype(jnp.promote_types(out.dtype, jnp.float32))
+        )
 
     got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
     with jax.enable_x64(True):
         wide = tuple(jnp.asarray(as_float64(x)) for x in (query, key, value))
-        exact = jax.grad(functools.partial(loss, implementation="reference"), argnums=(0, 1, 2))(*wide)
+        exact = jax.grad(functools.partial(loss, implementation="reference"), argnums=(0, 1, 2))(
+            *wide
+        )
     for ours, right in zip(got, exact, strict=True):
         assert ours.dtype == dtype
         assert_close(ours, right, dtype, "gradient", scale=largest(right))

@@ -98,7 +98,9 @@ def test_bad_input_is_refused_by_name(name):
 def test_cudnn_without_a_gpu_says_so_and_names_what_can():
     if any(device.platform == "gpu" for device in jax.devices()):
         pytest.skip("there is a GPU")
-    with pytest.raises(NotImplementedError, match=r'(?s)"cudnn" needs an NVIDIA GPU.*"blockwise" can'):
+    with pytest.raises(
+        NotImplementedError, match=r'(?s)"cudnn" needs an NVIDIA GPU.*"blockwise" can'
+    ):
         attention(Q, K, V, implementation="cudnn")
 
 
@@ -133,7 +135,9 @@ def test_auto_runs_what_explain_says():
         given = arrays(size)
         name = explain(*given, mask=masks.Causal()).implementation
         auto = jax.jit(lambda *x: attention(*x, mask=masks.Causal()))(*given)
-        named = jax.jit(lambda *x, n=name: attention(*x, mask=masks.Causal(), implementation=n))(*given)
+        named = jax.jit(lambda *x, n=name: attention(*x, mask=masks.Causal(), implementation=n))(
+            *given
+        )
         np.testing.assert_array_equal(auto, named)
 
 

@@ -193,7 +193,11 @@ def test_masks_combine_with_boolean_arrays():
         (lambda: masks.SlidingWindow(1.5), ValueError, "SlidingWindow: left .*got 1.5"),
         (lambda: masks.Prefix(-3), ValueError, "Prefix: length .*got -3"),
         (lambda: masks.Strided(0), ValueError, "Strided: stride .*got 0"),
-        (lambda: masks.Causal() & 3, TypeError, "mask: expected a Mask or a boolean array, got int"),
+        (
+            lambda: masks.Causal() & 3,
+            TypeError,
+            "mask: expected a Mask or a boolean array, got int",
+        ),
         (
             lambda: masks.Causal() & np.ones((2, 2), np.float32),
             TypeError,

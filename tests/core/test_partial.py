@@ -34,7 +34,9 @@ def blocks(scores, value, cuts):
 
 
 def expected(scores, value):
-    weights, lse = oracles.softmax()(scores[None].astype(np.float64), np.isfinite(scores)[None], np.array)
+    weights, lse = oracles.softmax()(
+        scores[None].astype(np.float64), np.isfinite(scores)[None], np.array
+    )
     return weights[0] @ value.astype(np.float64), lse[0]
 
 
@@ -79,7 +81,10 @@ def test_merge_is_associative_and_commutative(seed, magnitude):
 @given(seed=st.integers(0, 10**6))
 def test_the_identity_changes_nothing(seed):
     scores, value = example(seed)
-    part, unit = Partial.of(jnp.asarray(scores), jnp.asarray(value)), Partial.identity((ROWS,), WIDTH)
+    part, unit = (
+        Partial.of(jnp.asarray(scores), jnp.asarray(value)),
+        Partial.identity((ROWS,), WIDTH),
+    )
     for merged in (merge(part, unit), merge(unit, part)):
         for x, y in zip(merged, part, strict=True):
             np.testing.assert_array_equal(x, y)
@@ -137,6 +142,8 @@ def test_narrow_values_keep_the_budget(dtype):
     parts = blocks(scores, value, [5, 9])
     exact, _ = expected(scores, value.astype(np.float64))
     rounded = oracles.rounder(dtype)
-    weights, _ = oracles.softmax()(scores[None].astype(np.float64), np.isfinite(scores)[None], rounded)
+    weights, _ = oracles.softmax()(
+        scores[None].astype(np.float64), np.isfinite(scores)[None], rounded
+    )
     plain = rounded(weights[0] @ value.astype(np.float64))
     assert_within_budget(finish(functools.reduce(merge, parts))[0], exact, plain, dtype)

@@ -70,7 +70,9 @@ def test_modifiers_apply_in_order():
     assert_close(second, np.full((1, 2, 2), np.tanh(0.5)), np.float32)
 
 
-@pytest.mark.parametrize("scalar", [2.0, 2, np.float32(2.0), np.array(2.0, np.float32), jnp.asarray(2.0)])
+@pytest.mark.parametrize(
+    "scalar", [2.0, 2, np.float32(2.0), np.array(2.0, np.float32), jnp.asarray(2.0)]
+)
 @pytest.mark.parametrize("kind", [scores.Temperature, scores.SoftCap])
 def test_scalars_of_every_make_are_taken(kind, scalar):
     from attnlab import attention

@@ -20,7 +20,9 @@ def test_slopes(num_heads):
 def test_slopes_by_hand():
     assert_close(alibi_slopes(8), [2.0**-n for n in range(1, 9)], np.float32)
     # Six heads: the four of N = 4, then the first and third of N = 8.
-    assert_close(alibi_slopes(6), [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3], np.float32)
+    assert_close(
+        alibi_slopes(6), [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3], np.float32
+    )
 
 
 @pytest.mark.parametrize("num_heads", [0, -1])

@@ -77,7 +77,9 @@ def test_gradients_of_the_prior_are_finite_at_distance_zero_and_right(implementa
         return np.sum(np.sin(out))
 
     at = (np.full(4, -1.0), np.full(4, shape), np.zeros(4))
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*(jnp.asarray(x, jnp.float32) for x in at))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(
+        *(jnp.asarray(x, jnp.float32) for x in at)
+    )
     assert all(np.all(np.isfinite(g)) for g in gradient)
     rng = np.random.default_rng(0)
     for index, ours in enumerate(gradient[:2]):  # |x| has a kink in loc at distance zero

@@ -25,7 +25,9 @@ def test_chunked_output_and_gradients_equal_full_attention(magnitude):
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     (_, out), gradient = run(*map(jnp.asarray, arrays))
     exact = [as_float64(x) for x in arrays]
-    scale = max(1.0, magnitude / 10)  # rounding of a score of a thousand is a thousand times coarser
+    scale = max(
+        1.0, magnitude / 10
+    )  # rounding of a score of a thousand is a thousand times coarser
     assert_close(out, oracles.attention(*exact), np.float32, scale=scale)
     rng = np.random.default_rng(2)
     for index, ours in enumerate(gradient):
@@ -60,7 +62,9 @@ def test_the_memory_of_the_paper():
 def test_from_n_to_four_n_memory_grows_by_four_and_the_naive_one_by_sixteen():
     def temporaries(run, n):
         shape = jax.ShapeDtypeStruct((n, 1, 8), jnp.float32)
-        return jax.jit(run).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(run).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+        )
 
     def naive(query, key, value):
         weights = jax.nn.softmax(jnp.einsum("tnh,snh->nts", query, key), axis=-1)

@@ -32,7 +32,10 @@ def test_products_depend_on_the_difference_alone(interleaved, rng):
     query, key = (jnp.asarray(rng.standard_normal((1, 1, 16)), jnp.float32) for _ in range(2))
 
     def product(i, j):
-        turned = rotate(query, offset=i, interleaved=interleaved), rotate(key, offset=j, interleaved=interleaved)
+        turned = (
+            rotate(query, offset=i, interleaved=interleaved),
+            rotate(key, offset=j, interleaved=interleaved),
+        )
         return float(jnp.sum(turned[0] * turned[1]))
 
     for difference in (0, 1, 7, -5):
@@ -45,7 +48,9 @@ def test_products_depend_on_the_difference_alone(interleaved, rng):
 def test_rotations_keep_lengths_and_start_at_rest(rng):
     x = rng.standard_normal((50, 2, 8)).astype(np.float32)
     turned = as_float64(rotate(jnp.asarray(x)))
-    assert_close(np.linalg.norm(turned, axis=-1), np.linalg.norm(as_float64(x), axis=-1), np.float32)
+    assert_close(
+        np.linalg.norm(turned, axis=-1), np.linalg.norm(as_float64(x), axis=-1), np.float32
+    )
     np.testing.assert_array_equal(turned[0], as_float64(x)[0])
 
 
