@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -68,8 +69,12 @@ def rng(request) -> np.random.Generator:
     return np.random.default_rng(_seed(request))
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: long, left out of `make test` (`make test-slow`)")
+@pytest.fixture
+def as_users_run_it():
+    """Without the run-time type checks of the tests, so that our own refusals are what is seen."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_runtest_logreport(report):

@@ -1,16 +1,17 @@
 r"""The formulas, once more, in float64 NumPy: what the tests believe.
 
-Nothing here is shared with attnlab: no line, no helper, no import. Where a loop says it more clearly
-than broadcasting, there is a loop.
+Nothing here is shared with attnlab: no line, no helper, no import. Where a loop says it more
+clearly than broadcasting, there is a loop.
 
 Axes as everywhere: *B batch, T queries, S keys, N query heads, K key heads, H width, D value width.
-A *mask* here is a function of the absolute positions `i` (T, 1) and `j` (1, S) with a boolean result
-that broadcasts to (*B, N, T, S). A *modifier* is a function of the scores (*B, N, T, S), `i`, `j` and
-`head` (N, 1, 1). A *normaliser* maps scores and visibility to weights and the log of their sum.
+A *mask* here is a function of the absolute positions `i` (T, 1) and `j` (1, S) with a boolean
+result that broadcasts to (*B, N, T, S). A *modifier* is a function of the scores (*B, N, T, S),
+`i`, `j` and `head` (N, 1, 1). A *normaliser* maps scores and visibility to weights and the log of
+their sum.
 
 Every formula can also be run "in" a narrower dtype: each step is then rounded to it, products being
-summed in float32 and rounded once, as matrix units do. That is the *plain formula in the same dtype*
-from which error budgets are derived.
+summed exactly and rounded once, as matrix units nearly do. That is the *plain formula in the same
+dtype* from which error budgets are derived.
 """
 
 import math
@@ -111,7 +112,7 @@ def alibi_slopes(num_heads):
     """Press, Smith and Lewis' released rule: powers of two in closed form, the rest interleaved."""
     if num_heads & (num_heads - 1) == 0:
         return np.array([2.0 ** (-8.0 * (n + 1) / num_heads) for n in range(num_heads)])
-    below = 2 ** int(math.floor(math.log2(num_heads)))
+    below = 2 ** math.floor(math.log2(num_heads))
     every_second = alibi_slopes(2 * below)[0::2]
     return np.concatenate([alibi_slopes(below), every_second[: num_heads - below]])
 
@@ -187,7 +188,7 @@ def bam_prior(shape, scale, loc, *, epsilon=1e-5):
 
 
 def softmax(sink=None):
-    """exp(s) / sum exp(s) over what is visible; a sink adds its own exp to the sum, and no value."""
+    """exp(s) / sum exp(s) over what is visible; a sink adds its exp to the sum, and no value."""
 
     def normalize(score, visible, rounded):
         masked = np.where(visible, score, -np.inf)
@@ -196,14 +197,16 @@ def softmax(sink=None):
             floor = np.broadcast_to(np.asarray(sink, np.float64), score.shape[-3:-2])[:, None, None]
         top = np.maximum(np.max(masked, axis=-1, keepdims=True), floor)
         safe = np.where(np.isfinite(top), top, 0.0)
-        exp = rounded(np.exp(rounded(masked - safe)))
+        with np.errstate(over="ignore"):  # in float16 a score may be infinite
+            exp = rounded(np.exp(rounded(masked - safe)))
         total = np.sum(exp, axis=-1, keepdims=True)
         if sink is not None:
             total = total + rounded(np.exp(rounded(floor - safe)))
         total = rounded(total)
         with np.errstate(divide="ignore"):
             lse = (np.log(total) + safe)[..., 0]
-        return rounded(exp / np.where(total == 0, 1.0, total)), lse
+        with np.errstate(invalid="ignore"):
+            return rounded(exp / np.where(total == 0, 1.0, total)), lse
 
     return normalize
 
@@ -342,7 +345,7 @@ def attention(
 
 
 def rope(x, *, offset=0, base=10000.0):
-    """Each pair of channels turned by position times its frequency, the pairs being the two halves."""
+    """Each pair of channels turned by position times frequency; channel p pairs with p + H/2."""
     x = np.asarray(x, np.float64)
     turned, half = np.zeros_like(x), x.shape[-1] // 2
     for t in range(x.shape[-3]):
@@ -368,7 +371,7 @@ def rope_interleaved(x, *, offset=0, base=10000.0):
 
 
 def sinusoidal(num_positions, features, *, offset=0, base=10000.0):
-    """sin and cos of position over base^(2p/features), alternating, as in section 3.5 of the paper."""
+    """sin and cos of position over base^(2p/features), alternating: section 3.5 of the paper."""
     table = np.zeros((num_positions, features))
     for t in range(num_positions):
         for c in range(features):
@@ -381,9 +384,8 @@ def scalable(scale_by_head, mask, num_queries, num_keys, *, query_offset=0, key_
     """SSMax: scores times s_head * log(number of keys that the query sees)."""
     i = query_offset + np.arange(num_queries)[:, None]
     j = key_offset + np.arange(num_keys)[None, :]
-    seen = np.broadcast_to(
-        mask(i, j), np.broadcast_shapes(np.shape(mask(i, j)), (num_queries, num_keys))
-    )
+    seen = np.asarray(mask(i, j))
+    seen = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, (num_queries, num_keys)))
     count = np.maximum(np.sum(seen, axis=-1, keepdims=True), 1)
     by_head = np.asarray(scale_by_head, np.float64)
     return lambda score, i, j, head: score * (by_head[head] * np.log(count))

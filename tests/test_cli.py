@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import attnlab
-from attnlab import atlas, cli, doctor
+from attnlab import atlas, cli, display, doctor
 from attnlab.training.checkpoint import CheckpointError
 
 TEXT = "the cat sat on the mat and the rat sat on the cat; " * 40
@@ -121,7 +121,7 @@ def test_a_mechanism_is_shown_with_its_paper_and_a_program(id):
 @pytest.mark.parametrize("id", ["bam", "sinusoidal"])
 def test_the_program_that_show_prints_runs(id):
     names = {}
-    exec(cli.usage(atlas.get(id)), names)
+    exec(display.usage(atlas.get(id)), names)
     assert names["y"].shape == (2, 16, 128)
 
 

@@ -1,8 +1,8 @@
 """One table of tolerances, in units of the dtype's own rounding, and the derived error budget.
 
-An error is measured against the size of the whole array it belongs to (its largest entry): rounding
-in a sum is proportional to what was added, not to what was left over. Nothing here is widened by the
-machine, the environment or a test; a test that needs more has found something.
+An error is measured against the size of the whole array it belongs to (its largest entry):
+rounding in a sum is proportional to what was added, not to what was left over. Nothing here is
+widened by the machine, the environment or a test; a test that needs more has found something.
 """
 
 import ml_dtypes
@@ -17,8 +17,8 @@ ROUNDINGS = {
     "float16": {"value": 4, "gradient": 8, "second": 16},
 }
 
-# A gradient in the oracle is a central difference in float64: this is what the difference itself errs
-# with the steps of `oracles.directional` and `oracles.curvature`.
+# A gradient in the oracle is a central difference in float64: this is what the difference itself
+# errs with the steps of `oracles.directional` and `oracles.curvature`.
 DIFFERENCE = {"gradient": 2e-7, "second": 2e-5}
 
 # Two orders of the same sum (jit and eager, batch and vmap, decode and prefill) may differ by this
@@ -31,8 +31,8 @@ BUDGET_MULTIPLE = 4.0
 # ... or by this many roundings of the result, where the plain formula happens to be exact.
 BUDGET_FLOOR = 2.0
 
-# Compiled temporaries when n grows fourfold: linear memory may grow by at most this factor. Quadratic
-# memory grows by 16.
+# Compiled temporaries when n grows fourfold: linear memory may grow by at most this factor;
+# quadratic memory grows by 16.
 LINEAR_GROWTH = 5.0
 
 _EPSILON = {
@@ -57,7 +57,7 @@ def largest(array) -> float:
 
 
 def error(actual, expected) -> float:
-    """The largest absolute error; infinite where one is not finite and the other is not its like."""
+    """The largest absolute error; infinite where only one is finite, or they are not alike."""
     actual, expected = as_float64(actual), as_float64(expected)
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {actual.shape}, expected {expected.shape}")
@@ -98,6 +98,6 @@ def assert_within_budget(actual, exact, plain, dtype, *, words="result"):
     allowed, found = budget(exact, plain, dtype), error(actual, exact)
     assert np.all(np.isfinite(as_float64(actual))), f"{words}: not finite"
     assert found <= allowed, (
-        f"{words}: errs by {found:.3g} against float64; the plain formula in {np.dtype(dtype).name} errs by "
-        f"{error(plain, exact):.3g}, so {allowed:.3g} is allowed"
+        f"{words}: errs by {found:.3g} against float64; the plain formula in "
+        f"{np.dtype(dtype).name} errs by {error(plain, exact):.3g}, so {allowed:.3g} is allowed"
     )

@@ -209,7 +209,7 @@ def finish(result: Result, save: str | os.PathLike | None) -> Result:
     return result
 
 
-WIDE = 132
+WIDE = 150
 _MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: ""}
 
 

@@ -43,7 +43,7 @@ def measure(passes: str, causal: bool, heads: int, length: int, seconds: float) 
         "n": f"{length:,}",
     }
     try:
-        timing = compare(ready, tolerance=TOLERANCE, seconds=seconds, rounds=(3, 31))
+        timing = compare(ready, tolerance=TOLERANCE, seconds=seconds, rounds=(3, 101))
     except MismatchError as mismatch:
         return Row({**cells, "ms": f"not timed: {mismatch}"}, target="same output", passed=False)
     ratios = {name: timing.ratio(OURS, name) for name in (LIBRARY, FORMULA) if name in ready}

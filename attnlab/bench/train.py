@@ -160,7 +160,7 @@ def run(save: Any = None, quick: bool = False) -> Result:
     rounds = steps // chunk - 1  # the first chunk warms up
     timing = time_in_turn(advance, rounds=(rounds, rounds))
     cells = {
-        "model": f"{sizes['layers']} layers of {sizes['width']}, {sizes['batch']} × {sizes['context']} tokens",
+        "model": "{layers} layers of {width}, {batch} × {context} tokens".format(**sizes),
         "steps": steps,
     }
     target = "" if quick else f"≤ {TARGET}"

@@ -138,7 +138,6 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> Choice:
 
     Arrays may be `jax.ShapeDtypeStruct`s; nothing is computed.
     """
-    options.pop("return_lse", None)
 
     def look(query: Any, key: Any, value: Any) -> None:
         call, implementation = _prepare(

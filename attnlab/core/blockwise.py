@@ -56,7 +56,7 @@ def default_block_sizes(
             return math.inf
         tiles = plan_tiles(call.mask, call.lengths, block_sizes, offsets)
         each = entries * (2 if entries <= _ONE_CORE else 1) + _VISIT
-        return each * (len(tiles.full) + len(tiles.partial))
+        return float(each * (len(tiles.full) + len(tiles.partial)))
 
     return min(fitted, key=cost)
 

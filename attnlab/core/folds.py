@@ -126,7 +126,10 @@ class Folds:
         d_out, lse, shift = (work.pad_rows(z) for z in (d_out, lse[..., None], shift))
         params, d_out_low = work.params, d_out.astype(work.value.dtype)
         shapes = [work.query.shape, work.key.shape, work.value.shape, *(p.shape for p in params)]
-        start = [jnp.zeros(shapes[i], dtype) for i in wanted]
+        # Gradients of keys and values are summed transposed: then every product takes its operands
+        # as they lie, and only these small arrays are ever transposed, once.
+        turned = [jnp.swapaxes(z, -1, -2) for z in (zero_bad(work.query), d_out_low)]
+        start = [_turn(jnp.zeros(shapes[i], dtype), i) for i in wanted]
 
         def visit(state: Leaves, tile: Tile, allowed: Any) -> Leaves:
             stat = work.rows(lse, tile)
@@ -143,14 +146,11 @@ class Folds:
                 if i == 0:
                     new = grouped_matmul(d_products, work.cols(work.clean, tile), dtype)
                     state[n] = work.put_rows(state[n], work.rows(state[n], tile) + new, tile)
-                elif i == 1:
-                    query = zero_bad(work.rows(work.query, tile))
-                    new = work.grouped_outer(d_products, query)
-                    state[n] = work.put_cols(state[n], work.cols(state[n], tile) + new, tile)
-                elif i == 2:
+                elif i in (1, 2):
+                    rows = work.columns(turned[i - 1], tile.row, tile.rows)
                     kept = work.dropped(weights, tile).astype(value.dtype)
-                    new = work.grouped_outer(kept, d_rows)
-                    state[n] = work.put_cols(state[n], work.cols(state[n], tile) + new, tile)
+                    new = work.sum_rows(rows, d_products if i == 1 else kept)
+                    state[n] = work.add_columns(state[n], new, tile)
                 else:
                     state[n] = work.add_cut(
                         state[n], d_slices[i - 3], self.signature.trainable[i - 3], tile
@@ -158,7 +158,13 @@ class Folds:
             return state
 
         done = work.sweep(visit, start)
+        done = [_turn(d, i) for d, i in zip(done, wanted, strict=True)]
         return [_crop(d, x[i].shape).astype(x[i].dtype) for d, i in zip(done, wanted, strict=True)]
+
+
+def _turn(x: Array, i: int) -> Array:
+    """Keys and values transposed or back, other leaves as they are."""
+    return jnp.swapaxes(x, -1, -2) if i in (1, 2) else x
 
 
 def _crop(x: Array, shape: tuple[int, ...]) -> Array:

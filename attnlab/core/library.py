@@ -27,6 +27,8 @@ def library_limits(call: Call, implementation: str) -> str | None:
         return f"needs values as wide as keys, got {call.value.shape[-1]}, {call.query.shape[-1]}"
     if call.query.dtype == jnp.float64:
         return "computes in float32, which would lose precision of float64"
+    if call.query.dtype == jnp.float16 and jax.default_backend() == "cpu":
+        return "cannot multiply float16 on a CPU"
     if implementation == "cudnn" and call.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16 only, not {call.query.dtype}"
     return None

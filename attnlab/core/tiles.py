@@ -165,11 +165,19 @@ class Work:
     def cols(self, x: Array, tile: Tile) -> Array:
         return _slice(x, tile.col, tile.cols)
 
+    def columns(self, x: Array, start: Any, size: int) -> Array:
+        """Part of the last axis, of arrays that are kept transposed."""
+        return x if x.shape[-1] == size else jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)
+
     def put_rows(self, x: Array, new: Array, tile: Tile) -> Array:
         return _put(x, new, tile.row)
 
-    def put_cols(self, x: Array, new: Array, tile: Tile) -> Array:
-        return _put(x, new, tile.col)
+    def add_columns(self, x: Array, new: Array, tile: Tile) -> Array:
+        """`x`, kept transposed, with `new` added to the tile's keys."""
+        total = self.columns(x, tile.col, tile.cols) + new
+        if x.shape == total.shape:
+            return total
+        return jax.lax.dynamic_update_slice_in_dim(x, total, tile.col, axis=-1)
 
     def pad_rows(self, x: Array) -> Array:
         return _pad(x, self.query.shape[-2] - x.shape[-2])
@@ -208,13 +216,15 @@ class Work:
         """The product of a and b transposed, in the accumulator's dtype."""
         return grouped_matmul(a, jnp.swapaxes(b, -1, -2), self.call.accumulator)
 
-    def grouped_outer(self, a: Array, b: Array) -> Array:
-        """The product of a transposed and b, summed over the query heads that share a key head."""
-        *batch, heads, rows, cols = a.shape
+    def sum_rows(self, a: Array, b: Array) -> Array:
+        """The product of a "*B N x t" and b "*B N t s", summed over heads that share a key head."""
+        *batch, heads, width, rows = a.shape
         shared = self.key.shape[-3]
-        a = a.reshape(*batch, shared, heads // shared * rows, cols)
-        b = b.reshape(*batch, shared, heads // shared * rows, b.shape[-1])
-        return jnp.matmul(jnp.swapaxes(a, -1, -2), b, preferred_element_type=self.call.accumulator)
+        group = heads // shared
+        a = jnp.moveaxis(a.reshape(*batch, shared, group, width, rows), -3, -2)
+        a = a.reshape(*batch, shared, width, group * rows)
+        b = b.reshape(*batch, shared, group * rows, b.shape[-1])
+        return jnp.matmul(a, b, preferred_element_type=self.call.accumulator)
 
     def products(self, tile: Tile) -> Array:
         return self.multiply(self.rows(self.query, tile), self.cols(self.key, tile))

@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 import attnlab
 from attnlab import atlas
 from attnlab.core.masks import ArrayMask, Causal, Mask
+from attnlab.models.layers import Block, RMSNorm, dropout
 
 MechanismSource = str | Callable[[nnx.Rngs], attnlab.Mechanism]
 Cache = tuple[attnlab.KVCache, ...]
@@ -61,128 +61,6 @@ def build_mechanism(
                 f" model needs {CAUSAL_SELF!r}; choose one of {', '.join(causal_ids())}."
             )
     return mechanism
-
-
-def dropout(
-    x: Float[Array, "*B T F"], rate: float, key: Key[Array, ""] | None
-) -> Float[Array, "*B T F"]:
-    """Zeroes each entry with probability `rate` and scales the rest; without a key, x itself."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) times a learned gain, computed in float32 at least.
-
-    `flax.nnx.RMSNorm` does the same, but not in bfloat16 under strict dtype promotion.
-    """
-
-    def __init__(self, features: int, *, epsilon: float = 1e-6):
-        self.scale = nnx.Param(jnp.ones((features,)))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        """The same shape and dtype as `x`."""
-        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-        gain = self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * rms * gain).astype(x.dtype)
-
-
-class FeedForward(nnx.Module):
-    """The MLP of a block: W2 gelu(W1 x), or W2 (gelu(W1 x) * W3 x) when gated."""
-
-    def __init__(
-        self,
-        features: int,
-        hidden: int,
-        *,
-        gated: bool = False,
-        output_scale: float = 1.0,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
-    ):
-        inner = nnx.initializers.normal(features**-0.5)
-        outer = nnx.initializers.normal(output_scale * hidden**-0.5)
-        self.expand = nnx.Linear(
-            features, hidden, use_bias=False, kernel_init=inner, dtype=dtype, rngs=rngs
-        )
-        self.gate = (
-            nnx.Linear(features, hidden, use_bias=False, kernel_init=inner, dtype=dtype, rngs=rngs)
-            if gated
-            else None
-        )
-        self.contract = nnx.Linear(
-            hidden, features, use_bias=False, kernel_init=outer, dtype=dtype, rngs=rngs
-        )
-
-    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        """The same shape as `x`."""
-        hidden = jax.nn.gelu(self.expand(x))
-        if self.gate is not None:
-            hidden = hidden * self.gate(x)
-        return self.contract(hidden)
-
-
-class Block(nnx.Module):
-    """One pre-norm transformer block around one mechanism."""
-
-    def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        mechanism: attnlab.Mechanism,
-        *,
-        num_kv_heads: int | None,
-        head_width: int,
-        hidden: int,
-        gated: bool,
-        dropout_rate: float,
-        output_scale: float,
-        implementation: str,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        self.attention_norm = RMSNorm(features)
-        self.attention = attnlab.MultiHeadAttention(
-            features,
-            num_heads,
-            mechanism=mechanism,
-            num_kv_heads=num_kv_heads,
-            head_width=head_width,
-            dropout_rate=dropout_rate,
-            implementation=implementation,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.attention.out.kernel[...] *= output_scale
-        self.mlp_norm = RMSNorm(features)
-        self.mlp = FeedForward(
-            features, hidden, gated=gated, output_scale=output_scale, dtype=dtype, rngs=rngs
-        )
-        self.dropout_rate = dropout_rate
-
-    def __call__(
-        self,
-        x: Float[Array, "*B T F"],
-        *,
-        mask: Mask,
-        cache: attnlab.KVCache | None = None,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "*B T F"], attnlab.KVCache | None]:
-        """The block's output, and the cache with these tokens in it, if one was given."""
-        weights_key, attention_key, mlp_key = (
-            (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        )
-        attended = self.attention(
-            self.attention_norm(x), mask=mask, cache=cache, dropout_key=weights_key
-        )
-        if cache is not None:
-            attended, cache = attended
-        x = x + dropout(attended, self.dropout_rate, attention_key)
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, mlp_key), cache
 
 
 class CausalLM(nnx.Module):

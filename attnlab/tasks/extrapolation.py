@@ -51,15 +51,15 @@ class Extrapolation:
 
     task: Passkey = field(default_factory=lambda: Passkey(digits=1, noise=0.3))
     train_length: int = 64
-    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
     steps: int = 500
     batch_size: int = 32
     num_layers: int = 2
     features: int = 64
     num_heads: int = 4
     mlp_ratio: float = 1.0
-    learning_rate: float = 3e-3
-    positional_rate: float = 10.0
+    learning_rate: float = 2e-3
+    positional_rate: float = 3.0
     eval_rows: int = 32
     seed: int = 0
 

@@ -30,7 +30,7 @@ def draw(key, *, queries=LENGTH, keys=LENGTH, kv_heads=KV_HEADS, batch=(BATCH,),
 
 
 def example_mask() -> np.ndarray:
-    """(B, 1, T, S): the second batch entry has seven keys, and one row of the first sees nothing."""
+    """(B, 1, T, S): the second batch entry has seven keys; one row of the first sees nothing."""
     allowed = np.ones((BATCH, 1, LENGTH, LENGTH), bool)
     allowed[1, :, :, 7:] = False
     allowed[0, :, 4] = False
@@ -48,7 +48,7 @@ class Subject:
 
     @functools.cached_property
     def parts(self):
-        """Graph and parameters; parameters are moved off their initial values, which may be zero."""
+        """Graph and parameters; these are moved off their initial values, which may be zero."""
         module = self.entry.build(HEADS, WIDTH, rngs=nnx.Rngs(0))
         graph, state = nnx.split(module)
         rng = np.random.default_rng(11)
@@ -108,7 +108,7 @@ class Subject:
 
     @functools.cached_property
     def masked_gradient(self):
-        """Output, and the gradient of sum(cos(out) * read) for inputs and parameters, under a mask."""
+        """Output, and the gradient of sum(cos(out) * read) for parameters and inputs."""
 
         def loss(state, query, key, value, allowed, read):
             out = self.call(state, query, key, value, mask=masks.ArrayMask(allowed))

@@ -1,4 +1,4 @@
-"""The contract must be able to fail: each kind of defect, planted into a copy, is caught by name."""
+"""The contract must be able to fail: each defect, planted into a copy, is caught by name."""
 
 import dataclasses
 
@@ -191,6 +191,7 @@ DEFECTS = [
 ]
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("defect", "name", "dtype"), DEFECTS, ids=[f"{d.__name__}-{t}" for d, _, t in DEFECTS]
 )
@@ -199,6 +200,7 @@ def test_a_planted_defect_is_caught(defect, name, dtype):
     assert row["status"] == "fail", f"{name} did not see it: {row}"
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_the_undamaged_copy_passes(name):
     row = support.examine(copy(), name, "float32", "blockwise")

@@ -1,5 +1,6 @@
 """The front door against the formula: every implementation, over drawn structure and all dtypes."""
 
+import contextlib
 import functools
 
 import jax
@@ -22,6 +23,19 @@ from tests.tolerances import (
 )
 
 PLAIN_JAX = ("reference", "blockwise")
+
+
+@contextlib.contextmanager
+def allowed_to_refuse(implementation):
+    """jax.nn may refuse, naming what can; its derivatives need the standard promotion of dtypes."""
+    if implementation in PLAIN_JAX:
+        yield
+        return
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            yield
+    except NotImplementedError as refusal:
+        draw.check_refusal(refusal)
 
 
 def value_width(implementation):
@@ -64,8 +78,8 @@ def check(size, ours, theirs, implementation, dtype, seed, magnitude=1.0, **comm
 @given(data=st.data())
 def test_drawn_structure_equals_the_formula(implementation, dtype, data):
     size = data.draw(draw.sizes())
-    mask = data.draw(draw.mask_pairs(size, depth=1))
-    modifiers = data.draw(draw.modifier_pairs(size))
+    mask = draw.mask_pair(data, size, depth=1)
+    modifiers = draw.modifier_pairs(data, size)
     names = [n for n in NORMALIZERS if n not in ("sparsemax", "entmax 1.5")]
     if implementation == "reference":
         names = list(NORMALIZERS)
@@ -93,8 +107,8 @@ def test_drawn_structure_equals_the_formula(implementation, dtype, data):
 @given(data=st.data())
 def test_xla_equals_the_formula_or_says_that_it_cannot(dtype, data):
     size = data.draw(draw.sizes())
-    mask = data.draw(draw.mask_pairs(size, depth=1))
-    modifiers = data.draw(draw.modifier_pairs(size, most=1))
+    mask = draw.mask_pair(data, size, depth=1)
+    modifiers = draw.modifier_pairs(data, size, most=1)
     try:
         check(
             size,
@@ -105,7 +119,7 @@ def test_xla_equals_the_formula_or_says_that_it_cannot(dtype, data):
             data.draw(st.integers(0, 10**6)),
         )
     except NotImplementedError as refusal:
-        assert any(name in str(refusal) for name in PLAIN_JAX), refusal
+        draw.check_refusal(refusal)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise", "xla"])
@@ -115,7 +129,9 @@ def test_xla_equals_the_formula_or_says_that_it_cannot(dtype, data):
 @pytest.mark.parametrize("length", [1, 63, 1000])
 def test_awkward_lengths(implementation, dtype, length):
     size = draw.Sizes((), length, length, 2, 1, 8, 8)
-    check(size, {"mask": masks.Causal()}, {"mask": oracles.causal()}, implementation, dtype, length)
+    ours, theirs = {"mask": masks.Causal()}, {"mask": oracles.causal()}
+    with allowed_to_refuse(implementation):
+        check(size, ours, theirs, implementation, dtype, length)
 
 
 @pytest.mark.parametrize("implementation", PLAIN_JAX)
@@ -138,7 +154,7 @@ def test_any_number_of_batch_axes(implementation, batch):
     size = draw.Sizes(batch, 7, 5, 4, 2, 4, value_width(implementation))
     arrays = draw.inputs(size, 0)
     got = attention(*map(jnp.asarray, arrays), implementation=implementation)
-    assert got.shape == (*batch, 7, 4, 3)
+    assert got.shape == (*batch, 7, 4, value_width(implementation))
     assert_close(got, oracles.attention(*map(as_float64, arrays)), np.float32)
 
 
@@ -229,7 +245,7 @@ def test_the_log_of_the_normalising_sum(implementation, dtype, name):
     size = draw.Sizes((2,), 20, 33, 2, 1, 4, 4)
     arrays = [jnp.asarray(x).astype(dtype) for x in draw.inputs(size, 3)]
     normalizer, oracle = NORMALIZERS[name]
-    out, lse = attention(
+    _out, lse = attention(
         *arrays,
         mask=masks.Causal() & masks.Prefix(30),
         normalizer=normalizer,
@@ -237,7 +253,7 @@ def test_the_log_of_the_normalising_sum(implementation, dtype, name):
         return_lse=True,
         implementation=implementation,
     )
-    exact, expected = oracles.attention(
+    _exact, expected = oracles.attention(
         *map(as_float64, arrays),
         mask=oracles.both(oracles.causal(), oracles.prefix(30)),
         normalizer=oracle,
@@ -388,7 +404,7 @@ def test_a_row_that_sees_nothing_is_zero_in_value_and_gradient(implementation, n
     try:
         gradient, out = jax.jit(jax.grad(loss, has_aux=True))(arrays)
     except NotImplementedError as refusal:
-        assert "reference" in str(refusal) or "blockwise" in str(refusal)
+        draw.check_refusal(refusal)
         return
     np.testing.assert_array_equal(out[0, 2], 0)
     np.testing.assert_array_equal(out[1], 0)
@@ -406,33 +422,31 @@ def test_a_row_that_sees_nothing_is_zero_in_value_and_gradient(implementation, n
 def test_scores_of_ten_thousand_stay_finite(implementation, dtype):
     size = draw.Sizes((), 8, 12, 2, 1, 4, value_width(implementation))
     query, key, value = (jnp.asarray(x).astype(dtype) for x in draw.inputs(size, 0))
+    query, key = 200 * query, 100 * key
 
     def loss(query, key, value):
         out = attention(
-            200 * query,
-            100 * key,
-            value,
-            mask=masks.SlidingWindow(4),
-            implementation=implementation,
+            query, key, value, mask=masks.SlidingWindow(4), implementation=implementation
         )
         return jnp.sum(out.astype(jnp.float32)), out
 
-    slope = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-    gradient, out = slope(query, key, value)
-    assert np.all(np.isfinite(as_float64(out)))
-    assert all(np.all(np.isfinite(as_float64(g))) for g in gradient)
-    wide = [as_float64(x) for x in (200 * query, 100 * key, value)]
-    exact = oracles.attention(*wide, mask=oracles.window(4))
-    plain = oracles.attention(*wide, mask=oracles.window(4), dtype=dtype)
-    if np.all(np.isfinite(plain)):
-        assert_within_budget(out, exact, plain, dtype)
+    with allowed_to_refuse(implementation):
+        slope = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+        gradient, out = slope(query, key, value)
+        assert np.all(np.isfinite(as_float64(out)))
+        assert all(np.all(np.isfinite(as_float64(g))) for g in gradient)
+        wide = [as_float64(x) for x in (query, key, value)]
+        exact = oracles.attention(*wide, mask=oracles.window(4))
+        plain = oracles.attention(*wide, mask=oracles.window(4), dtype=dtype)
+        if np.all(np.isfinite(plain)):  # in float16 the plain formula overflows
+            assert_within_budget(out, exact, plain, dtype)
 
 
 # ---- transformations -----------------------------------------------------------------------------
 
 
 def transformed(implementation):
-    """A function with parameters, mask data and an offset, so that a transformation meets them all."""
+    """A function with parameters, mask data and an offset: a transformation meets them all."""
 
     def call(query, key, value, slopes, length, offset):
         return attention(
@@ -680,7 +694,7 @@ def test_whole_row_normalizers_work_blockwise_or_are_refused(name):
     try:
         check(size, {"normalizer": normalizer}, {"normalizer": oracle}, "blockwise", jnp.float32, 0)
     except NotImplementedError as refusal:
-        assert "reference" in str(refusal)
+        draw.check_refusal(refusal)
 
 
 def test_auto_runs_everything():

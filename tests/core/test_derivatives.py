@@ -1,4 +1,4 @@
-"""Every derivative, three witnesses: differences of the float64 formula, forward mode, reverse mode.
+"""Every derivative has three witnesses: differences of the formula, forward and reverse mode.
 
 A loss reads the output and, where it is defined, the log-sum-exp. All inputs and all parameters of
 modifiers and normalisers move at once, in random directions.

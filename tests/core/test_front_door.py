@@ -1,4 +1,4 @@
-"""What the front door takes, what it refuses and in which words, what it chooses; and jax.nn's door."""
+"""What the front door takes, refuses and in which words, what it chooses; and jax.nn's door."""
 
 import inspect
 
@@ -44,7 +44,9 @@ WRONG = {
     "mask is float": ({"mask": jnp.ones((6, 9))}, TypeError, "mask: .*boolean.*float32"),
     "mask too long": ({"mask": jnp.ones((6, 8), bool)}, ValueError, "mask: axis S .*9, got 8"),
     "mask of other heads": ({"mask": jnp.ones((3, 6, 9), bool)}, ValueError, "mask: axis N .*4"),
-    "mask of other batch": ({"mask": jnp.ones((3, 1, 6, 9), bool)}, ValueError, r"mask: batch .*\(3,\)"),
+    "mask of other batch": (
+        {"mask": jnp.ones((3, 1, 6, 9), bool)}, ValueError, r"mask: batch .*\(3,\)",
+    ),
     "lengths of other batch": (
         {"mask": masks.KeyPadding(jnp.asarray([1, 2, 3]))}, ValueError, r"mask: batch .*\(3,\)",
     ),
@@ -65,7 +67,9 @@ WRONG = {
     ),
     "normalizer is a name": ({"normalizer": "softmax"}, TypeError, "normalizer: .*got str"),
     "lse of a sigmoid": (
-        {"normalizer": normalizers.Sigmoid(), "return_lse": True}, ValueError, "return_lse: Sigmoid",
+        {"normalizer": normalizers.Sigmoid(), "return_lse": True},
+        ValueError,
+        "return_lse: Sigmoid",
     ),
     "unknown implementation": (
         {"implementation": "fast"}, ValueError, "implementation: .*reference.*got 'fast'",
@@ -86,13 +90,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input_is_refused_by_name(name):
+def test_bad_input_is_refused_by_name(name, as_users_run_it):
     changes, error, words = WRONG[name]
     with pytest.raises(error, match=words):
         bad(**changes)
+    given = {"query": Q, "key": K, "value": V} | changes
     with pytest.raises(error, match=words):  # explain checks what attention checks
-        given = {"query": Q, "key": K, "value": V} | changes
-        explain(given.pop("query"), given.pop("key"), given.pop("value"), **given)
+        explain(**given)
 
 
 def test_cudnn_without_a_gpu_says_so_and_names_what_can():
@@ -110,7 +114,7 @@ def test_xla_refuses_what_jax_cannot_do():
         {"normalizer": normalizers.Sigmoid()},
         {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)},
     ):
-        with pytest.raises(NotImplementedError, match='"xla" .*implementation="blockwise" can'):
+        with pytest.raises(NotImplementedError, match=r'"xla" .*implementation="blockwise" can'):
             attention(Q, K, V, implementation="xla", **options)
 
 

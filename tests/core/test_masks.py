@@ -52,7 +52,7 @@ def test_each_mask_equals_its_formula(name, size):
 @given(st.data())
 def test_combinations_equal_the_combined_formulas(data):
     size = data.draw(draw.sizes())
-    pair, offset = data.draw(draw.mask_pairs(size, depth=3)), data.draw(offsets)
+    pair, offset = draw.mask_pair(data, size, depth=3), data.draw(offsets)
     expected = dense_oracle(pair, size, offset)
     got = np.broadcast_to(dense(pair, size, offset), expected.shape)
     np.testing.assert_array_equal(got, expected, err_msg=pair.name)
@@ -61,7 +61,7 @@ def test_combinations_equal_the_combined_formulas(data):
 @given(st.data())
 def test_masks_obey_the_laws_of_sets(data):
     size = data.draw(draw.sizes())
-    a, b, c = (data.draw(draw.mask_pairs(size, depth=1)).term for _ in range(3))
+    a, b, c = (draw.mask_pair(data, size, depth=1).term for _ in range(3))
 
     def same(first, second):
         x, y = (
@@ -86,7 +86,7 @@ def test_the_plan_agrees_with_the_dense_mask(block_sizes, data):
     size = data.draw(draw.sizes())
     if block_sizes == (1, 1) and size.queries > 12:
         return
-    pair, offset = data.draw(draw.mask_pairs(size)), data.draw(offsets)
+    pair, offset = draw.mask_pair(data, size), data.draw(offsets)
     plan = pair.term.plan(
         size.queries,
         size.keys,
@@ -108,7 +108,7 @@ def test_the_plan_agrees_with_the_dense_mask(block_sizes, data):
 @given(st.data())
 def test_bounds_may_be_unsure_but_never_wrong(data):
     size = data.draw(draw.sizes())
-    pair = data.draw(draw.mask_pairs(size, depth=3))
+    pair = draw.mask_pair(data, size, depth=3)
     block = (4, 6)
     span = masks.Span.of((size.queries, size.keys), block, (0, 0))
     some, every = pair.term.bounds(span)
@@ -212,6 +212,6 @@ def test_masks_combine_with_boolean_arrays():
         ),
     ],
 )
-def test_bad_masks_are_refused_by_name(make, error, words):
+def test_bad_masks_are_refused_by_name(make, error, words, as_users_run_it):
     with pytest.raises(error, match=words):
         make()

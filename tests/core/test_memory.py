@@ -1,4 +1,4 @@
-"""Memory is linear where it is claimed: read from compiled programs, forward and every derivative."""
+"""Memory is linear, forward and in every derivative: read from compiled programs."""
 
 import jax
 import jax.numpy as jnp

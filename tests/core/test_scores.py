@@ -1,4 +1,4 @@
-"""Score modifiers against their formulas, alone: the whole matrix, one tile, offsets, slopes, buckets."""
+"""Score modifiers alone against their formulas: whole, by tile, with offsets; slopes, buckets."""
 
 import jax
 import jax.numpy as jnp

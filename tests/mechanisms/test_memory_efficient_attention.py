@@ -1,4 +1,4 @@
-"""Rabe & Staats: chunks are exact, gradients too, logits of a thousand included, in linear memory."""
+"""Rabe & Staats: chunks are exact, gradients and logits of a thousand too, in linear memory."""
 
 import jax
 import jax.numpy as jnp
@@ -88,5 +88,5 @@ def test_a_chunk_of_nothing_is_refused(name):
 
 def test_it_is_one_implementation_and_says_so():
     x = jnp.ones((4, 1, 2))
-    with pytest.raises(NotImplementedError, match="reference.*blockwise"):
+    with pytest.raises(NotImplementedError, match=r"reference.*blockwise"):
         memory_efficient_attention(x, x, x, implementation="reference")

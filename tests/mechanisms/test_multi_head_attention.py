@@ -1,4 +1,4 @@
-"""Multi-head attention: heads are independent, and the module is projections around the function."""
+"""Multi-head attention: heads are independent, the module is projections around the function."""
 
 import jax
 import jax.numpy as jnp

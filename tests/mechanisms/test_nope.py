@@ -18,7 +18,7 @@ def test_without_a_mask_the_order_of_keys_cannot_be_told(rng):
 
 
 def test_a_causal_mask_alone_tells_the_order():
-    """Haviv et al. 2022, Kazemnejad et al. 2023: position i is 1 / (the weight of the first key)."""
+    """Haviv et al. 2022, Kazemnejad et al. 2023: position is 1 / (weight of the first key)."""
     zero = jnp.zeros((9, 1, 2))
     first = jnp.zeros((9, 1, 1)).at[0].set(1.0)
     weight = np.asarray(nope(zero, zero, first, mask=masks.Causal()))[:, 0, 0]

@@ -1,4 +1,4 @@
-"""Ramapuram et al.: b = -log n keeps rows near one at every length; tiles add up without rescaling."""
+"""Ramapuram et al.: b = -log n keeps rows near one at any length; tiles simply add up."""
 
 import jax
 import jax.numpy as jnp

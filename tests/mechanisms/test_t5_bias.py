@@ -42,7 +42,7 @@ def test_only_buckets_in_use_have_a_gradient():
 
 def test_a_table_that_cannot_be_is_refused():
     x = jnp.ones((4, 2, 2))
-    with pytest.raises(ValueError, match="axis N .*2, got 3"):
+    with pytest.raises(ValueError, match=r"axis N .*2, got 3"):
         t5_bias_attention(x, x, x, table=jnp.zeros((3, 32)))
     with pytest.raises(ValueError, match="max_distance"):
         t5_bias_attention(x, x, x, table=jnp.zeros((2, 32)), max_distance=4)
