@@ -93,7 +93,8 @@ class Evidence:
         )
         colour, mark = ("#009e73", "✓") if self.holds else ("#d55e00", "✗")
         return (
-            f'<table class="dataframe evidence"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+            f'<table class="dataframe evidence"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table>"
             f'<p class="evidence"><strong style="color:{colour}">{mark}</strong> '
             f"{escape(self.verdict)}<br><em>{escape(self.note)}</em></p>"
         )
