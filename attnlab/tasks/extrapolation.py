@@ -31,7 +31,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from attnlab.models.language_model import CausalLM
+from attnlab.core.modules import Mechanism
+from attnlab.core.scores import alibi_slopes
+from attnlab.models.language_model import CausalLM, build_mechanism
+from attnlab.positional.alibi import ALiBi, alibi_attention
+from attnlab.positional.bam import BAM, BAMSSMax
 from attnlab.tasks.passkey import Passkey
 from attnlab.training.config import ModelConfig, TrainConfig
 from attnlab.training.loop import Progress, fit
@@ -60,6 +64,7 @@ class Extrapolation:
     mlp_ratio: float = 1.0
     learning_rate: float = 2e-3
     positional_rate: float = 3.0
+    slope_scale: float = 16.0
     eval_rows: int = 32
     seed: int = 0
 
@@ -174,11 +179,7 @@ def train(
         features=settings.features,
         num_heads=settings.num_heads,
         mlp_ratio=settings.mlp_ratio,
-    ).build(task.vocab_size, settings.seed)
-    for block in model.blocks:
-        own = block.attention.mechanism
-        if hasattr(own, "length_scale"):  # start as ordinary softmax at the training length
-            own.length_scale[...] /= math.log(settings.train_length)
+    ).build(task.vocab_size, settings.seed, mechanism=partial(_mechanism, mechanism, settings))
     config = TrainConfig(
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -197,6 +198,30 @@ def train(
         report=(lambda progress: None) if report is None else report,
     )
     return model, history.losses
+
+
+class _SteepALiBi(ALiBi):
+    """ALiBi whose slopes are multiplied by a number."""
+
+    def __init__(self, num_heads: int, factor: float):
+        self.num_heads, self.factor = num_heads, factor
+
+    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Any:
+        slopes = self.factor * alibi_slopes(self.num_heads)
+        return alibi_attention(query, key, value, slopes=slopes, **options)
+
+
+def _mechanism(id: str, settings: Extrapolation, rngs: nnx.Rngs) -> Mechanism:
+    """The mechanism, started so as to suit the length of training."""
+    if id == "alibi":
+        return _SteepALiBi(settings.num_heads, settings.slope_scale)
+    width = settings.features // settings.num_heads
+    mechanism = build_mechanism(id, settings.num_heads, width, rngs=rngs)
+    if isinstance(mechanism, BAM):
+        mechanism.scale[...] += math.log(settings.slope_scale)
+    if isinstance(mechanism, BAMSSMax):  # ordinary softmax at the training length
+        mechanism.length_scale[...] /= math.log(settings.train_length)
+    return mechanism
 
 
 def read(model: CausalLM, settings: Extrapolation, length: int) -> tuple[float, float]:
