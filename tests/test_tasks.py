@@ -278,5 +278,5 @@ def test_a_learned_prior_reads_far_beyond_the_length_of_training_and_rope_does_n
         assert curves[id].keys[0] > 0.95, id  # all but NoPE learn the task where they train
     assert curves["bam"].keys[1] > 0.9
     assert curves["rope"].keys[1] < 0.3
-    assert curves["alibi"].keys[1] < curves["bam"].keys[1]
+    assert curves["alibi"].keys[1] < 0.6
     assert curves["nope"].keys[0] < 0.9

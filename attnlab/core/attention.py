@@ -401,7 +401,7 @@ def dot_product_attention(
 
 
 class _QueryPadding(KeyPadding):
-    """Only the first `lengths` queries are real."""
+    """Only queries at positions before `lengths` are real."""
 
     def allowed(self, at: Any) -> Any:
         return at.query < self.lengths

@@ -265,7 +265,7 @@ class SlidingWindow(Mask):
 
 
 class Prefix(Mask):
-    """Every query sees the first `length` keys; with `| Causal()` this is a prefix language model.
+    """Every query sees the keys at positions before `length`; with `| Causal()` this is a prefix language model.
 
     `length`: an int, or an integer array "*B" with one length per batch entry.
     """
@@ -314,7 +314,7 @@ class Segments(Mask):
 
 
 class KeyPadding(Mask):
-    """Only the first `lengths` keys are real.  `lengths`: integers "*B"."""
+    """Only keys at positions before `lengths` are real.  `lengths`: integers "*B"."""
 
     lengths: ArrayLeaf = leaf("B")
 

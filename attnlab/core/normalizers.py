@@ -106,7 +106,7 @@ class ReluSquared(Normalizer):
 
 def _sorted_threshold(
     score: Float[Array, "... S"], allowed: Bool[Array, "... S"]
-) -> tuple[Float[Array, "... S"], Float[Array, "... S"], Float[Array, " S"]]:
+) -> tuple[Float[Array, "... S"], Float[Array, "... S"], Float[Array, "... _"]]:
     """Scores shifted by their row's maximum, the same in descending order, and ranks 1..S."""
     lowest = jnp.finfo(score.dtype).min / 4  # finite, so that sums and squares of it stay ordered
     top = jnp.max(jnp.where(allowed, score, -jnp.inf), axis=-1, keepdims=True)

@@ -7,6 +7,7 @@ tile; the reference is the case in which the tile is the whole matrix.
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -82,6 +83,21 @@ def zero_bad(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
+def product(a: Array, b: Array, dtype: Any) -> Array:
+    """The matrix product a b of arrays of one dtype, accumulated in `dtype`."""
+    if a.dtype == dtype:
+        return jnp.matmul(a, b)
+
+    def widened(a: Array, b: Array) -> Array:
+        # XLA for CPUs multiplies bfloat16 in float32 anyway, but refuses some layouts of it.
+        return jnp.matmul(a.astype(dtype), b.astype(dtype))
+
+    def narrow(a: Array, b: Array) -> Array:
+        return jnp.matmul(a, b, preferred_element_type=dtype)
+
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=narrow)
+
+
 def grouped_matmul(
     a: Float[Array, "*B N t x"], b: Float[Array, "*B K x y"], dtype: jnp.dtype
 ) -> Float[Array, "*B N t y"]:
@@ -89,7 +105,7 @@ def grouped_matmul(
     *batch, heads, rows, inner = a.shape
     shared = b.shape[-3]
     a = a.reshape(*batch, shared, heads // shared * rows, inner)
-    out = jnp.matmul(a, b, preferred_element_type=dtype)
+    out = product(a, b, dtype)
     return out.reshape(*batch, heads, rows, b.shape[-1])
 
 

@@ -13,7 +13,14 @@ from attnlab.core.dropout import keep_mask
 from attnlab.core.masks import Mask, Span
 from attnlab.core.normalizers import Normalizer
 from attnlab.core.partial import finite
-from attnlab.core.reference import Call, grouped_matmul, isolate_bad, log_weights, zero_bad
+from attnlab.core.reference import (
+    Call,
+    grouped_matmul,
+    isolate_bad,
+    log_weights,
+    product,
+    zero_bad,
+)
 from attnlab.core.terms import Tile, axes_of, named_axes, restrict
 
 Leaves = list[Any]
@@ -190,11 +197,12 @@ class Work:
         return _pad_named(x, self.signature.tags[i], rows, cols)
 
     def _where(self, x: Array, i: int, tile: Tile) -> tuple[list[Any], list[int]]:
-        starts, sizes = [0] * x.ndim, list(x.shape)
+        starts: list[Any] = [jnp.int32(0)] * x.ndim
+        sizes = list(x.shape)
         for letter, axis in named_axes(self.signature.tags[i], x.ndim):
             if letter in "TS" and x.shape[axis] != 1:
                 row = letter == "T"
-                starts[axis] = tile.row if row else tile.col
+                starts[axis] = jnp.int32(tile.row if row else tile.col)
                 sizes[axis] = tile.rows if row else tile.cols
         return starts, sizes
 
@@ -224,7 +232,7 @@ class Work:
         a = jnp.moveaxis(a.reshape(*batch, shared, group, width, rows), -3, -2)
         a = a.reshape(*batch, shared, width, group * rows)
         b = b.reshape(*batch, shared, group * rows, b.shape[-1])
-        return jnp.matmul(a, b, preferred_element_type=self.call.accumulator)
+        return product(a, b, self.call.accumulator)
 
     def products(self, tile: Tile) -> Array:
         return self.multiply(self.rows(self.query, tile), self.cols(self.key, tile))
@@ -292,7 +300,7 @@ class Work:
             if length % size:
                 shape = [1] * tile.rank
                 shape[axis] = size
-                inside.append((jnp.arange(size) + first < length).reshape(shape))
+                inside.append((jnp.arange(size, dtype=jnp.int32) + first < length).reshape(shape))
         for part in inside:
             allowed = allowed & part
         return allowed

@@ -50,7 +50,9 @@ class Extrapolation:
 
     Models of `num_layers` layers train for `steps` steps on rows of `train_length` tokens, and are
     read on `eval_rows` rows of each of `lengths`.  `positional_rate` multiplies the learning rate
-    of the mechanisms' own parameters, which have few steps to get anywhere.
+    of the mechanisms' own parameters, which have few steps to get anywhere.  A slope matters by its
+    product with the length: `slope_scale` multiplies those that ALiBi keeps and BAM starts from, so
+    that 64 tokens here are to them what 1,024 were in the paper.
     """
 
     task: Passkey = field(default_factory=lambda: Passkey(digits=1, noise=0.3))
@@ -63,7 +65,7 @@ class Extrapolation:
     num_heads: int = 4
     mlp_ratio: float = 1.0
     learning_rate: float = 2e-3
-    positional_rate: float = 3.0
+    positional_rate: float = 10.0
     slope_scale: float = 16.0
     eval_rows: int = 32
     seed: int = 0

@@ -18,6 +18,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,11 +258,25 @@ def _brief(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without orbax's log, whose tracebacks of threads repeat the error that is raised anyway."""
-    logger = logging.getLogger("absl")
+    """Without what orbax's threads say of an error that is raised anyway.
+
+    They log its traceback; and where one array of several cannot be written, the others' answers
+    come when their event loop is already closed, which Python prints as "Exception ignored".
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def unraisable(found: Any) -> None:
+        if "Event loop is closed" not in str(found.exc_value):
+            hook(found)
+
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = unraisable
     try:
         yield
+    except Exception:
+        time.sleep(0.2)  # the threads' last words
+        raise
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook

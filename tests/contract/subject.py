@@ -55,7 +55,7 @@ class Subject:
 
         def moved(x):
             x = np.asarray(x)
-            return (x + 0.2 * rng.standard_normal(x.shape)).astype(x.dtype)
+            return jnp.asarray((x + 0.2 * rng.standard_normal(x.shape)).astype(x.dtype))
 
         return graph, jax.tree.map(moved, state)
 
@@ -152,4 +152,6 @@ class Subject:
 
 @functools.lru_cache(maxsize=256)
 def subject(entry: Entry, dtype: str, implementation: str) -> Subject:
-    return Subject(entry, jnp.dtype(dtype), implementation)
+    made = Subject(entry, jnp.dtype(dtype), implementation)
+    _ = made.parts  # now, not inside whatever is traced first
+    return made

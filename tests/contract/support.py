@@ -17,8 +17,11 @@ FIELDS = ("entry", "property", "dtype", "implementation")
 _rows: dict[tuple[str, ...], dict[str, str]] = {}
 
 
-def examine(entry, name: str, dtype: str, implementation: str) -> dict[str, str]:
-    """Run one property: a row with the status "pass", "fail" or "n/a" and a note."""
+def examine(entry, name: str, dtype: str, implementation: str, errors=None) -> dict[str, str]:
+    """Run one property: a row with the status "pass", "fail" or "n/a" and a note.
+
+    What went wrong is appended to `errors`, for its traceback.
+    """
     import jax
 
     from tests.contract.properties import PROPERTIES
@@ -27,8 +30,11 @@ def examine(entry, name: str, dtype: str, implementation: str) -> dict[str, str]
     row = dict(zip(FIELDS, (entry.id, name, dtype, implementation), strict=True))
     try:
         reason = PROPERTIES[name](entry, dtype, implementation, key)
-    except AssertionError as broken:
-        return row | {"status": "fail", "note": str(broken).strip()}
+    except Exception as broken:  # a crash is a broken promise as well
+        if errors is not None:
+            errors.append(broken)
+        kind = "" if isinstance(broken, AssertionError) else f"{type(broken).__name__}: "
+        return row | {"status": "fail", "note": kind + str(broken).strip()}
     return row | ({"status": "n/a", "note": reason} if reason else {"status": "pass", "note": ""})
 
 

@@ -196,8 +196,10 @@ DEFECTS = [
     ("defect", "name", "dtype"), DEFECTS, ids=[f"{d.__name__}-{t}" for d, _, t in DEFECTS]
 )
 def test_a_planted_defect_is_caught(defect, name, dtype):
-    row = support.examine(copy(defect), name, dtype, "blockwise")
+    errors = []
+    row = support.examine(copy(defect), name, dtype, "blockwise", errors)
     assert row["status"] == "fail", f"{name} did not see it: {row}"
+    assert isinstance(errors[0], AssertionError), "it crashed; the property saw nothing"
 
 
 @pytest.mark.usefixtures("as_users_run_it")

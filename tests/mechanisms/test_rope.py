@@ -61,7 +61,7 @@ def test_the_two_pairings_are_one_up_to_a_permutation(rng):
     np.testing.assert_allclose(halves, np.asarray(rotate(jnp.asarray(x)))[..., order], rtol=1e-6)
 
 
-def test_bad_widths_and_bases_are_refused():
+def test_bad_widths_and_bases_are_refused(as_users_run_it):
     x = jnp.ones((4, 1, 5))
     with pytest.raises(ValueError, match="even head width, got 5"):
         rope_attention(x, x, x)

@@ -40,7 +40,7 @@ def test_only_buckets_in_use_have_a_gradient():
     np.testing.assert_array_equal(gradient[0, 6:], 0)
 
 
-def test_a_table_that_cannot_be_is_refused():
+def test_a_table_that_cannot_be_is_refused(as_users_run_it):
     x = jnp.ones((4, 2, 2))
     with pytest.raises(ValueError, match=r"axis N .*2, got 3"):
         t5_bias_attention(x, x, x, table=jnp.zeros((3, 32)))
