@@ -67,13 +67,13 @@ lint: $(VENV)/.test-stamp
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST)
 
 slow: $(VENV)/.test-stamp
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 support: $(VENV)/.test-stamp
-	$(BIN)/python -m pytest -n $(WORKERS) tests/contract $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/contract $(PYTEST)
 	@$(BIN)/python book/tools/keep_support.py
 
 bench: $(VENV)/.test-stamp
