@@ -265,7 +265,7 @@ class SlidingWindow(Mask):
 
 
 class Prefix(Mask):
-    """Every query sees the keys at positions before `length`; with `| Causal()` this is a prefix language model.
+    """Every query sees the keys at positions before `length`; `| Causal()` makes a prefix LM.
 
     `length`: an int, or an integer array "*B" with one length per batch entry.
     """
