@@ -1,16 +1,16 @@
-"""The benchmarks: the records that `attnlab bench NAME --save` left in book/data."""
+"""The benchmarks: the records that `attnlab bench NAME --save book/data/bench` left there."""
 
 import json
 import pathlib
 
-MISSING = """No measurement has been kept yet: `attnlab bench memory --save` keeps one, and
-the next `make html` shows it here.
+MISSING = """No measurement has been kept yet: `attnlab bench memory --save book/data/bench` keeps one,
+and the next `make html` shows it here.
 """
 
 
 def pages(root: pathlib.Path) -> dict[str, str]:
     """`bench.md`."""
-    records = sorted((root / "book" / "data").glob("bench-*.json"))
+    records = sorted((root / "book" / "data" / "bench").glob("*.json"))
     parts = [section(json.loads(path.read_text("utf-8")), path) for path in records]
     return {"bench.md": HEAD + ("\n".join(parts) or MISSING)}
 
@@ -25,10 +25,10 @@ Run the same command to have the numbers of your own machine.
 
 def section(record: dict, path: pathlib.Path) -> str:
     """One record: its title, the machine, the table, and the command that makes it again."""
-    name = path.stem.removeprefix("bench-")
+    name = path.stem
     title = record.get("title", name.capitalize())
     machine = record.get("machine", {})
-    where = machine if isinstance(machine, str) else ", ".join(map(str, machine.values()))
+    where = ", ".join(f"{name} {value}" for name, value in machine.items())
     notes = record.get("notes") or record.get("note") or []
     notes = [notes] if isinstance(notes, str) else notes
     return "\n".join(
@@ -38,16 +38,14 @@ def section(record: dict, path: pathlib.Path) -> str:
 
 
 def tables(record: dict) -> list[str]:
-    """The tables of a record as Markdown; a row is a list or a mapping."""
-    out = []
-    for table in record.get("tables") or [record]:
-        rows = table.get("rows", [])
-        columns = table.get("columns") or (list(rows[0]) if rows else [])
-        if table is not record and table.get("title"):
-            out += ["", f"**{table['title']}**"]
-        out += ["", bars(columns), bars(["--:"] * len(columns))]
-        for row in rows:
-            out.append(bars([row.get(c, "") for c in columns] if isinstance(row, dict) else row))
+    """The rows of a record as Markdown, each with its target and whether it was met."""
+    rows = record["rows"]
+    columns = list(dict.fromkeys(name for row in rows for name in row["cells"]))
+    out = ["", bars([*columns, "target", ""]), bars(["--:"] * (len(columns) + 2))]
+    marks = {True: "✓", False: "✗", None: ""}
+    for row in rows:
+        cells = [row["cells"].get(name, "") for name in columns]
+        out.append(bars([*cells, row["target"], marks[row["passed"]]]))
     return out
 
 
