@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-MISSING = """No measurement has been kept yet: `attnlab bench memory --save book/data/bench` keeps one,
+MISSING = """Nothing was measured and kept yet: `attnlab bench memory --save book/data/bench` keeps it,
 and the next `make html` shows it here.
 """
 
