@@ -3,8 +3,8 @@
 import json
 import pathlib
 
-MISSING = """Nothing was measured and kept yet: `attnlab bench memory --save book/data/bench` keeps it,
-and the next `make html` shows it here.
+MISSING = """Nothing was kept yet: `attnlab bench memory --save book/data/bench` keeps a table, and
+the next `make html` shows it here.
 """
 
 
