@@ -35,6 +35,24 @@ class Mechanism(nnx.Module):
         return attention(query, key, value, **options)
 
 
+class RMSNorm(nnx.Module):
+    """x / rms(x) times a learned gain, computed in float32 at least.
+
+    `flax.nnx.RMSNorm` does the same, but not in bfloat16 under strict dtype promotion.
+    """
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        """The same shape and dtype as `x`."""
+        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        gain = self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * rms * gain).astype(x.dtype)
+
+
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention around any mechanism, with grouped-query heads and a cache.
 
@@ -109,7 +127,7 @@ class MultiHeadAttention(nnx.Module):
         def norm() -> Any:
             if not qk_norm:
                 return None
-            return nnx.RMSNorm(self.head_width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            return RMSNorm(self.head_width)
 
         self.query_norm, self.key_norm = nnx.data(norm()), nnx.data(norm())
         gain = None if layer_scale is None else jnp.full((features,), layer_scale, param_dtype)

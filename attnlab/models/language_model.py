@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Int, Key
 import attnlab
 from attnlab import atlas
 from attnlab.core.masks import ArrayMask, Causal, Mask
-from attnlab.models.layers import Block, RMSNorm, dropout
+from attnlab.core.modules import RMSNorm
+from attnlab.models.layers import Block, dropout
 
 MechanismSource = str | Callable[[nnx.Rngs], attnlab.Mechanism]
 Cache = tuple[attnlab.KVCache, ...]

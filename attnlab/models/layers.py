@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 import attnlab
 from attnlab.core.masks import Mask
+from attnlab.core.modules import RMSNorm
 
 
 def dropout(
@@ -22,24 +23,6 @@ def dropout(
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) times a learned gain, computed in float32 at least.
-
-    `flax.nnx.RMSNorm` does the same, but not in bfloat16 under strict dtype promotion.
-    """
-
-    def __init__(self, features: int, *, epsilon: float = 1e-6):
-        self.scale = nnx.Param(jnp.ones((features,)))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        """The same shape and dtype as `x`."""
-        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-        gain = self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * rms * gain).astype(x.dtype)
 
 
 class FeedForward(nnx.Module):

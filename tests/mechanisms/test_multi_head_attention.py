@@ -78,3 +78,25 @@ def test_module_works_under_split_merge_jit_and_grad(rng):
 def test_heads_that_do_not_divide_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         MultiHeadAttention(**options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_qk_norm_makes_the_scale_of_the_projections_immaterial(dtype):
+    attend = attnlab.MultiHeadAttention(
+        16, 4, num_kv_heads=2, qk_norm=True, dtype=dtype, rngs=nnx.Rngs(0)
+    )
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 16)), dtype)
+    before = attend(x)
+    attend.query.kernel[...] *= 64.0
+    attend.key.kernel[...] *= 64.0
+    assert before.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(attend(x), np.float32), np.asarray(before, np.float32), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_layer_scale_multiplies_the_output_channel_by_channel():
+    plain = attnlab.MultiHeadAttention(16, 4, rngs=nnx.Rngs(0))
+    scaled = attnlab.MultiHeadAttention(16, 4, layer_scale=1e-4, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((9, 16)), jnp.float32)
+    np.testing.assert_allclose(np.asarray(scaled(x)), 1e-4 * np.asarray(plain(x)), rtol=1e-6)
