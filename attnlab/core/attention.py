@@ -109,7 +109,7 @@ def attention(
     )  # fmt: skip
     if implementation == "auto":
         implementation = _choose(call).implementation
-    limit = _limits(call, implementation, return_lse)
+    limit = _limits(call, implementation)
     if limit:
         raise NotImplementedError(
             f'implementation="{implementation}" {limit}; implementation="blockwise" can.'
@@ -189,7 +189,7 @@ _DEFAULTS = (
 )  # fmt: skip
 
 
-def _limits(call: Call, implementation: str, return_lse: bool = False) -> str | None:
+def _limits(call: Call, implementation: str) -> str | None:
     """Why an implementation cannot serve this call, or None."""
     if implementation in ("xla", "cudnn"):
         missing = availability()[implementation]
