@@ -11,8 +11,18 @@ from jaxtyping import Array, Shaped
 
 from attnlab.core.blockwise import blockwise_attention
 from attnlab.core.dropout import key_words
+from attnlab.core.kernels import BACKENDS, kernel_attention, kernel_limits, missing
 from attnlab.core.library import library_attention, library_limits
-from attnlab.core.masks import Causal, Full, KeyPadding, Mask, SlidingWindow, as_mask, check_mask
+from attnlab.core.masks import (
+    Causal,
+    Full,
+    KeyPadding,
+    Mask,
+    QueryPadding,
+    SlidingWindow,
+    as_mask,
+    check_mask,
+)
 from attnlab.core.normalizers import Normalizer, Softmax
 from attnlab.core.reference import (
     Call,
@@ -24,8 +34,10 @@ from attnlab.core.reference import (
 from attnlab.core.scores import Bias, ScoreModifier, Temperature, as_modifiers
 from attnlab.core.terms import accumulator, axes_of, check_leaves
 
-Implementation = Literal["auto", "reference", "blockwise", "xla", "cudnn"]
-IMPLEMENTATIONS = ("reference", "blockwise", "xla", "cudnn")
+Implementation = Literal[
+    "auto", "reference", "blockwise", "xla", "cudnn", "triton", "mosaic_gpu", "tpu"
+]
+IMPLEMENTATIONS = ("reference", "blockwise", "xla", "cudnn", *BACKENDS)
 
 # Up to this many scores, holding them all (16 MB of float32) is faster than recomputing them.
 _SMALL = 2**22
@@ -46,7 +58,8 @@ def availability() -> dict[str, str | None]:
     cudnn = None
     if not platforms & {"gpu", "cuda"}:
         cudnn = f"needs an NVIDIA GPU; the devices here are {', '.join(sorted(platforms))}"
-    return {"reference": None, "blockwise": None, "xla": None, "cudnn": cudnn}
+    kernels = {name: missing(name) for name in BACKENDS}
+    return {"reference": None, "blockwise": None, "xla": None, "cudnn": cudnn, **kernels}
 
 
 def attention(
@@ -125,6 +138,8 @@ def attention(
             bare = call._replace(normalizer=Softmax())
         if implementation == "blockwise":
             out, lse = blockwise_attention(bare, block_sizes)
+        elif implementation in BACKENDS:
+            out, lse = kernel_attention(bare, implementation, block_sizes)
         else:
             out, lse = reference_attention(bare)
     if extra is not None:
@@ -192,8 +207,10 @@ _DEFAULTS = (
 def _limits(call: Call, implementation: str) -> str | None:
     """Why an implementation cannot serve this call, or None."""
     if implementation in ("xla", "cudnn"):
-        missing = availability()[implementation]
-        return missing or library_limits(call, implementation)
+        absent = availability()[implementation]
+        return absent or library_limits(call, implementation)
+    if implementation in BACKENDS:
+        return missing(implementation) or kernel_limits(call, implementation)
     return None
 
 
@@ -380,7 +397,7 @@ def dot_product_attention(
     if key_value_seq_lengths is not None:
         masks = also(KeyPadding(jnp.asarray(key_value_seq_lengths)))
     if query_seq_lengths is not None:
-        masks = also(_QueryPadding(jnp.asarray(query_seq_lengths)))
+        masks = also(QueryPadding(jnp.asarray(query_seq_lengths)))
     modifiers: tuple[ScoreModifier, ...] = ()
     if bias is not None:
         bias = jnp.asarray(bias)
@@ -398,10 +415,3 @@ def dot_product_attention(
     if return_residual:
         return out[0], jnp.swapaxes(out[1], -1, -2)
     return out
-
-
-class _QueryPadding(KeyPadding):
-    """Only queries at positions before `lengths` are real."""
-
-    def allowed(self, at: Any) -> Any:
-        return at.query < self.lengths

@@ -42,14 +42,18 @@ def _no_change(result: Any) -> tuple[Any, Any]:
     return result, jax.tree.map(jnp.zeros_like, result)
 
 
-def make_solver(folds: Folds) -> Callable:
-    """`solve(x, aux) -> (out, lse)`, differentiable in `x` to any order, forward and reverse."""
+def make_solver(folds: Folds, plain: Folds | None = None) -> Callable:
+    """`solve(x, aux) -> (out, lse)`, differentiable in `x` to any order, forward and reverse.
+
+    `plain`: folds that JAX can differentiate, for second derivatives; `folds` if left out.
+    """
+    plain = folds if plain is None else plain
 
     def total_tangent(x: Leaves, aux: Any, dx: Leaves) -> Any:
-        return folds.tangent(x, aux, *folds.forward(x, aux), dx)
+        return plain.tangent(x, aux, *plain.forward(x, aux), dx)
 
     def total_backward(wanted: tuple[int, ...], x: Leaves, aux: Any, cotangent: Any) -> Leaves:
-        return folds.backward(wanted, x, aux, *folds.forward(x, aux), cotangent)
+        return plain.backward(wanted, x, aux, *plain.forward(x, aux), cotangent)
 
     @jax.custom_jvp
     def forward(x: Leaves, aux: Any) -> tuple[Array, Array]:

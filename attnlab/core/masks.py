@@ -38,17 +38,28 @@ class Span:
     query_last: np.ndarray
     key_first: np.ndarray
     key_last: np.ndarray
+    lengths: tuple[int, int] = (0, 0)
+    block_sizes: tuple[int, int] = (1, 1)
 
     @classmethod
     def of(
-        cls, lengths: tuple[int, int], block_sizes: tuple[int, int], offsets: tuple[int, int]
+        cls, lengths: tuple[int, int], block_sizes: tuple[int, int], offsets: tuple[Any, Any]
     ) -> "Span":
+        """The blocks of a score matrix; with traced offsets the ends are traced as well."""
         ends = []
         for length, block, offset in zip(lengths, block_sizes, offsets, strict=True):
-            first = np.arange(0, length, block)
-            ends.append((first + offset, np.minimum(first + block, length) - 1 + offset))
+            first = np.arange(0, length, block, dtype=np.int32)
+            last = np.minimum(first + block, length).astype(np.int32) - 1
+            ends.append((first + offset, last + offset))
         (qf, ql), (kf, kl) = ends
-        return cls(qf[:, None], ql[:, None], kf[None, :], kl[None, :])
+        return cls(qf[:, None], ql[:, None], kf[None, :], kl[None, :], lengths, block_sizes)
+
+    def in_blocks(self, x: Array, axis: int) -> Array:
+        """Axis 0 (queries) or 1 (keys) last in `x`, cut into blocks: "... I r" or "... J c"."""
+        block = self.block_sizes[axis]
+        short = -x.shape[-1] % block
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], mode="edge")
+        return x.reshape(*x.shape[:-1], -1, block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +99,23 @@ class Mask(Term):
         """
         return np.True_, np.False_
 
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        """The same from the arrays the mask holds, possibly traced: "*B N I J", axes of 1 allowed.
+
+        What a kernel's list of live tiles is made from while the program runs.
+        """
+        return self.bounds(span)
+
     @property
     def exact_bounds(self) -> bool:
         """Whether `bounds` settles each tile, so that no tile need be looked at again."""
         return False
+
+    @property
+    def opaque(self) -> bool:
+        """Whether nothing is known of a tile but by evaluating each of its pairs."""
+        own = type(self)
+        return own.bounds is Mask.bounds and own.data_bounds is Mask.data_bounds
 
     def __and__(self, other: "Mask") -> "Mask":
         return _And(self, as_mask(other))
@@ -290,6 +314,11 @@ class Prefix(Mask):
             return np.True_, np.False_
         return span.key_first < self.fixed, span.key_last < self.fixed
 
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        if self.fixed is not None:
+            return self.bounds(span)
+        return _before(span.key_first, span.key_last, self.length)
+
     @property
     def exact_bounds(self) -> bool:
         return self.fixed is not None
@@ -312,6 +341,17 @@ class Segments(Mask):
     def allowed(self, at: At) -> Bool[Array, "..."]:
         return (self.query_ids == self.key_ids) & (self.key_ids >= 0)
 
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        ends = []
+        for axis, ids in enumerate((self.query_ids, self.key_ids)):
+            blocks = span.in_blocks(jnp.asarray(ids)[..., None, :], axis)
+            shape = (*blocks.shape[:-2], -1, 1) if axis == 0 else (*blocks.shape[:-2], 1, -1)
+            ends += [blocks.min(-1).reshape(shape), blocks.max(-1).reshape(shape)]
+        query_low, query_high, key_low, key_high = ends
+        some = (query_low <= key_high) & (key_low <= query_high) & (key_high >= 0)
+        one = (query_low == query_high) & (key_low == key_high) & (query_low == key_low)
+        return some & (query_high >= 0), one & (key_low >= 0)
+
 
 class KeyPadding(Mask):
     """Only keys at positions before `lengths` are real.  `lengths`: integers "*B"."""
@@ -320,6 +360,24 @@ class KeyPadding(Mask):
 
     def allowed(self, at: At) -> Bool[Array, "..."]:
         return at.key < self.lengths
+
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        return _before(span.key_first, span.key_last, self.lengths)
+
+
+class QueryPadding(KeyPadding):
+    """Only queries at positions before `lengths` are real; the others see nothing."""
+
+    def allowed(self, at: At) -> Bool[Array, "..."]:
+        return at.query < self.lengths
+
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        return _before(span.query_first, span.query_last, self.lengths)
+
+
+def _before(first: Any, last: Any, lengths: Any) -> tuple[Any, Any]:
+    lengths = jnp.asarray(lengths)[..., None, None, None]
+    return first < lengths, last < lengths
 
 
 class Strided(Mask):
@@ -350,6 +408,90 @@ class ArrayMask(Mask):
     def allowed(self, at: At) -> Bool[Array, "..."]:
         return self.array
 
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        some = every = self.array
+        for axis in (-2, -1):
+            if self.array.shape[axis] == 1:
+                continue
+            last = [jnp.moveaxis(x, axis, -1) for x in (some, every)]
+            cut = [span.in_blocks(x, axis + 2) for x in last]
+            some = jnp.moveaxis(cut[0].any(-1), -1, axis)
+            every = jnp.moveaxis(cut[1].all(-1), -1, axis)
+        return some, every
+
+
+class Blocks(Mask):
+    """Whole blocks of pairs: `live` "*B N I J", boolean, one entry for each tile of the scores.
+
+    A tile is `block_sizes` = (queries, keys) large, counted from the first query and the first key
+    of the call.  This is how a selector says what it found; it may be data.  From lists of blocks:
+    `Blocks.from_lists`.
+
+    Raises:
+      TypeError: `live` is not boolean.
+      ValueError: block sizes that are not positive.
+    """
+
+    live: ArrayLeaf = leaf("")
+    block_sizes: tuple[int, int] = static(default=(128, 128))
+
+    def __post_init__(self) -> None:
+        live = jnp.asarray(self.live)
+        if live.dtype != jnp.bool_:
+            raise TypeError(f"Blocks: live should be a boolean array, got dtype {live.dtype}.")
+        if min(self.block_sizes) < 1:
+            raise ValueError(f"Blocks: block_sizes should be positive, got {self.block_sizes}.")
+        object.__setattr__(self, "live", live.reshape((1,) * (3 - live.ndim) + live.shape))
+
+    @classmethod
+    def from_lists(
+        cls, index: Array, num_blocks: int, block_sizes: tuple[int, int] = (128, 128)
+    ) -> "Blocks":
+        """From `index` "*B N I M": the key blocks that query block i meets, in any order.
+
+        -1 fills a list that is shorter than M.  `num_blocks`: how many key blocks there are.
+
+        Raises:
+          TypeError: `index` does not hold integers.
+          ValueError: a block outside [-1, num_blocks).  Under `jit` the numbers are not known, and
+            one that is out of range meets nothing.
+        """
+        index = jnp.asarray(index)
+        if not jnp.issubdtype(index.dtype, jnp.integer):
+            raise TypeError(f"index: expected integers, got dtype {index.dtype}.")
+        if not _is_traced(index) and index.size:
+            low, high = int(index.min()), int(index.max())
+            if low < -1 or high >= num_blocks:
+                raise ValueError(
+                    f"index: expected block numbers from -1 to {num_blocks - 1}, got "
+                    f"{low if low < -1 else high}."
+                )
+        blocks = jnp.arange(num_blocks, dtype=index.dtype)
+
+        def add(live: Array, one: Array) -> tuple[Array, None]:
+            return live | (one[..., None] == blocks), None
+
+        start = jnp.zeros((*index.shape[:-1], num_blocks), bool)
+        return cls(jax.lax.scan(add, start, jnp.moveaxis(index, -1, 0))[0], block_sizes)
+
+    def axes(self) -> tuple[str, ...]:
+        rows, cols = self.block_sizes
+        return (f"B N T/{rows} S/{cols}",)
+
+    def allowed(self, at: At) -> Bool[Array, "..."]:
+        return self.live
+
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        live = self.live
+        for axis in (0, 1):
+            first = np.arange(0, span.lengths[axis], span.block_sizes[axis])
+            last = np.minimum(first + span.block_sizes[axis], span.lengths[axis]) - 1
+            block = self.block_sizes[axis]
+            if np.any(first // block != last // block):
+                return np.True_, np.False_
+            live = jnp.take(live, first // block, axis - 2, mode="clip")
+        return live, live
+
 
 class Predicate(Mask):
     """Any function of positions: `fn(at)`, or `fn(at, params)` when `params` are given.
@@ -379,8 +521,17 @@ class _And(Mask):
         return self.a.allowed(at) & self.b.allowed(at)
 
     def bounds(self, span: Span) -> tuple[Any, Any]:
-        (some_a, every_a), (some_b, every_b) = self.a.bounds(span), self.b.bounds(span)
-        return some_a & some_b, every_a & every_b
+        return self._join(self.a.bounds(span), self.b.bounds(span))
+
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        return self._join(self.a.data_bounds(span), self.b.data_bounds(span))
+
+    def _join(self, a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+        return a[0] & b[0], a[1] & b[1]
+
+    @property
+    def opaque(self) -> bool:
+        return self.a.opaque or self.b.opaque
 
 
 class _Or(Mask):
@@ -391,8 +542,17 @@ class _Or(Mask):
         return self.a.allowed(at) | self.b.allowed(at)
 
     def bounds(self, span: Span) -> tuple[Any, Any]:
-        (some_a, every_a), (some_b, every_b) = self.a.bounds(span), self.b.bounds(span)
-        return some_a | some_b, every_a | every_b
+        return self._join(self.a.bounds(span), self.b.bounds(span))
+
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        return self._join(self.a.data_bounds(span), self.b.data_bounds(span))
+
+    def _join(self, a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+        return a[0] | b[0], a[1] | b[1]
+
+    @property
+    def opaque(self) -> bool:
+        return self.a.opaque or self.b.opaque
 
 
 class _Not(Mask):
@@ -405,9 +565,17 @@ class _Not(Mask):
         some, every = self.a.bounds(span)
         return ~every, ~some
 
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        some, every = self.a.data_bounds(span)
+        return ~every, ~some
+
     @property
     def exact_bounds(self) -> bool:
         return self.a.exact_bounds
+
+    @property
+    def opaque(self) -> bool:
+        return self.a.opaque
 
 
 def check_mask(mask: Mask, batch: tuple[int, ...], sizes: dict[str, int]) -> None:

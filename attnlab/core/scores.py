@@ -155,7 +155,7 @@ class RelativeBias(ScoreModifier):
                 f"exact ones, got {buckets} buckets, {self.bidirectional=}, {self.max_distance=}."
             )
         bucket = relative_bucket(at.relative, buckets, self.max_distance, self.bidirectional)
-        return score + self.table[at.head, bucket]
+        return score + at.look_up(self.table, bucket)
 
 
 class SoftCap(ScoreModifier):

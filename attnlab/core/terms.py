@@ -6,6 +6,7 @@ can be evaluated on the whole score matrix, on one tile of it in plain JAX, or i
 the slice of each array that belongs to the tile is ever touched.
 
 Axes: B any leading batch axes, N query heads, T queries, S keys, * further axes left whole.
+"T/64" and "S/64" are axes with one entry for each block of 64 queries or keys.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 LETTERS = ("N", "T", "S")
@@ -49,6 +51,19 @@ class At:
     def relative(self) -> Int[Array, "..."]:
         """Key position minus query position: negative in the past."""
         return self.key - self.query
+
+    def look_up(self, table: Any, index: Int[Array, "..."]) -> Any:
+        """Entry `index` of a table with axes "N *", "B N *" or "*": "*B N t s".
+
+        Use this instead of indexing: kernels, which cannot gather, look up in their own way.
+        """
+        if table.ndim == 1:
+            return table[index]
+        if table.ndim == 2:
+            return table[self.head, index]
+        shape = np.broadcast_shapes((*table.shape[:-1], 1, 1), index.shape)
+        flat = jnp.broadcast_to(index, shape).reshape(*shape[:-2], -1)
+        return jnp.take_along_axis(table, flat, axis=-1).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,21 +149,28 @@ def axes_of(terms: Any) -> tuple[str, ...]:
 
 def named_axes(tag: str, ndim: int) -> list[tuple[str, int]]:
     """Pairs (letter, axis) of the axes of a leaf that are indexed by head, query or key."""
+    return [(letter, axis) for letter, axis, _ in sized_axes(tag, ndim)]
+
+
+def sized_axes(tag: str, ndim: int) -> list[tuple[str, int, int]]:
+    """Triples (letter, axis, block): block is 1 unless an entry holds for several positions."""
     letters = [a for a in tag.split() if a != "B"]
     free = letters.count("*")
     named = [a for a in letters if a != "*"]
     start = ndim - len(named) - free
-    return [(a, start + i) for i, a in enumerate(named)]
+    return [(a[0], start + i, int(a[2:] or 1)) for i, a in enumerate(named)]
 
 
 def slice_leaf(x: Array, tag: str, tile: Tile) -> Array:
     """The part of `x` that belongs to `tile`, aligned with the scores "*B N t s"."""
     if not tag:
         return x
-    named = named_axes(tag, x.ndim)
-    for letter, axis in named:
+    for letter, axis, block in sized_axes(tag, x.ndim):
         start, size = (tile.row, tile.rows) if letter == "T" else (tile.col, tile.cols)
-        if letter in "TS" and x.shape[axis] not in (1, size):
+        if block > 1:
+            place = (start + jnp.arange(size, dtype=jnp.int32)) // block
+            x = jnp.take(x, place, axis, mode="clip")
+        elif letter in "TS" and x.shape[axis] not in (1, size):
             x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
     if "*" in tag:
         return x
@@ -180,14 +202,20 @@ def check_leaves(
         shape = jnp.shape(x)
         if not tag:
             continue
-        named = named_axes(tag, len(shape))
+        named = sized_axes(tag, len(shape))
         if named and named[0][1] < 0:
             raise ValueError(f"{name}: expected an array with axes '{tag}', got shape {shape}.")
-        for letter, axis in named:
-            if shape[axis] not in (1, sizes[letter]):
+        for letter, axis, block in named:
+            size = -(-sizes[letter] // block)
+            if shape[axis] not in ((size,) if block > 1 else (1, size)):
                 raise ValueError(
-                    f"{name}: axis {letter} of an array with axes '{tag}' should be 1 or "
-                    f"{sizes[letter]}, got {shape[axis]} in shape {shape}."
+                    f"{name}: axis {letter} of an array with axes '{tag}' should be "
+                    f"{size if block > 1 else f'1 or {size}'}, got {shape[axis]} in shape {shape}."
+                )
+            if block > 1 and jnp.issubdtype(jnp.result_type(x), jnp.floating):
+                raise ValueError(
+                    f"{name}: an array with one entry for a block of {block} (axes '{tag}') "
+                    "cannot be floating-point; repeat its entries."
                 )
         lead = shape[: named[0][1]] if named else shape
         if "*" in tag:

@@ -21,7 +21,7 @@ from attnlab.core.reference import (
     product,
     zero_bad,
 )
-from attnlab.core.terms import Tile, axes_of, named_axes, restrict
+from attnlab.core.terms import Tile, axes_of, named_axes, restrict, sized_axes
 
 Leaves = list[Any]
 
@@ -346,7 +346,7 @@ def pad_terms(terms: Any, tags: Sequence[str], rows: int, cols: int) -> Any:
 
 def _pad_named(x: Array, tag: str, rows: int, cols: int) -> Array:
     """Repeat the last entry along T and S, so that padding never holds an unusual number."""
-    for letter, axis in named_axes(tag, x.ndim) if tag else ():
-        if letter in "TS" and x.shape[axis] != 1:
+    for letter, axis, block in sized_axes(tag, x.ndim) if tag else ():
+        if letter in "TS" and block == 1 and x.shape[axis] != 1:
             x = _pad(x, rows if letter == "T" else cols, axis, "edge")
     return x
