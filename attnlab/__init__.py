@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from attnlab.core import masks, normalizers, partial, scores
-from attnlab.core.attention import Choice, attention, dot_product_attention, explain
+from attnlab.core.attention import Choice, attention, block_sparse_attention, explain
+from attnlab.core.drop_in import dot_product_attention
 from attnlab.core.entry import Entry, Paper
 from attnlab.core.masks import Mask
 from attnlab.core.normalizers import Normalizer
@@ -31,6 +32,7 @@ __all__ = [
     "ScoreModifier",
     "atlas",
     "attention",
+    "block_sparse_attention",
     "dot_product_attention",
     "explain",
     "masks",

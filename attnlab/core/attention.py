@@ -1,65 +1,34 @@
 """The front door: one function, several implementations, the same answer from each."""
 
-import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from attnlab.core.blockwise import blockwise_attention
-from attnlab.core.dropout import key_words
-from attnlab.core.kernels import BACKENDS, kernel_attention, kernel_limits, missing
-from attnlab.core.library import library_attention, library_limits
-from attnlab.core.masks import (
-    Causal,
-    Full,
-    KeyPadding,
-    Mask,
-    QueryPadding,
-    SlidingWindow,
-    as_mask,
-    check_mask,
-)
+from attnlab.core.choice import Choice, availability, choose, limits
+from attnlab.core.inputs import DEFAULTS, IMPLEMENTATIONS, check_inputs, prepare
+from attnlab.core.kernels import BACKENDS, kernel_attention
+from attnlab.core.library import library_attention
+from attnlab.core.masks import Blocks, Causal, Full, Mask, as_mask
 from attnlab.core.normalizers import Normalizer, Softmax
-from attnlab.core.reference import (
-    Call,
-    default_scale,
-    heads_first,
-    join_extra,
-    reference_attention,
-)
-from attnlab.core.scores import Bias, ScoreModifier, Temperature, as_modifiers
-from attnlab.core.terms import accumulator, axes_of, check_leaves
+from attnlab.core.reference import heads_first, join_extra, reference_attention
+from attnlab.core.scores import ScoreModifier
+from attnlab.core.terms import accumulator
+from attnlab.core.tokamax import tokamax_attention
 
-Implementation = Literal[
-    "auto", "reference", "blockwise", "xla", "cudnn", "triton", "mosaic_gpu", "tpu"
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "attention",
+    "availability",
+    "block_sparse_attention",
+    "check_inputs",
+    "explain",
+    "log_num_visible",
 ]
-IMPLEMENTATIONS = ("reference", "blockwise", "xla", "cudnn", *BACKENDS)
-
-# Up to this many scores, holding them all (16 MB of float32) is faster than recomputing them.
-_SMALL = 2**22
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What `implementation="auto"` takes for a call, why, and why not the others."""
-
-    implementation: str
-    reason: str
-    rejected: dict[str, str]
-
-
-def availability() -> dict[str, str | None]:
-    """For each implementation, None if it can run on this machine, else the reason it cannot."""
-    platforms = {device.platform for device in jax.devices()}
-    cudnn = None
-    if not platforms & {"gpu", "cuda"}:
-        cudnn = f"needs an NVIDIA GPU; the devices here are {', '.join(sorted(platforms))}"
-    kernels = {name: missing(name) for name in BACKENDS}
-    return {"reference": None, "blockwise": None, "xla": None, "cudnn": cudnn, **kernels}
 
 
 def attention(
@@ -101,9 +70,12 @@ def attention(
         dropped by every implementation that supports dropout.
       return_lse: also return the logarithm of each row's normalizing sum, "*B N T"; -inf for a row
         that sees no key.
-      implementation: "reference" (O(T S) memory), "blockwise" (O(T + S)), "xla" and "cudnn"
-        (those of `jax.nn.dot_product_attention`), or "auto"; ask `explain` what that takes.
-      block_sizes: rows and columns of a tile, for "blockwise"; chosen by cost if left out.
+      implementation: "reference" (O(T S) memory); "blockwise" (O(T + S), any device); the fused
+        kernels "triton" (NVIDIA GPUs from Ampere on), "mosaic_gpu" (Hopper) and "tpu", O(T + S);
+        "xla" and "cudnn" (those of `jax.nn.dot_product_attention`); "tokamax" (that library's, an
+        optional extra); or "auto": ask `explain` what that takes.
+      block_sizes: rows and columns of a tile, for "blockwise" and the kernels; chosen by cost,
+        or by device and widths, if left out.
 
     Returns:
       "*B T N D" in the dtype of `query`, accumulated in float32 at least.  A query that may see no
@@ -116,13 +88,13 @@ def attention(
       NotImplementedError: the implementation named cannot serve this call, or not on this machine;
         the message names one that can.
     """
-    call, implementation = _prepare(
+    call, implementation = prepare(
         query, key, value, mask, modifiers, normalizer, scale, query_offset, key_offset,
         dropout_rate, dropout_key, return_lse, implementation, block_sizes,
     )  # fmt: skip
     if implementation == "auto":
-        implementation = _choose(call).implementation
-    limit = _limits(call, implementation)
+        implementation = choose(call, return_lse).implementation
+    limit = limits(call, implementation, return_lse, block_sizes)
     if limit:
         raise NotImplementedError(
             f'implementation="{implementation}" {limit}; implementation="blockwise" can.'
@@ -131,6 +103,8 @@ def attention(
     extra = normalizer.log_extra()
     if implementation in ("xla", "cudnn"):
         out, lse = library_attention(call, implementation)
+    elif implementation == "tokamax":
+        out, lse = tokamax_attention(call)  # a call that needs its lse was refused
     else:
         bare = call
         if isinstance(normalizer, Softmax) and normalizer.sink is not None:
@@ -154,13 +128,15 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> Choice:
     Arrays may be `jax.ShapeDtypeStruct`s; nothing is computed.
     """
 
+    return_lse = bool(options.get("return_lse", False))
+
     def look(query: Any, key: Any, value: Any) -> None:
-        call, implementation = _prepare(
-            query, key, value, *(options.pop(name, default) for name, default in _DEFAULTS)
+        call, implementation = prepare(
+            query, key, value, *(options.pop(name, default) for name, default in DEFAULTS)
         )
         if options:
             raise TypeError(f"explain: unexpected options {sorted(options)}.")
-        choice = _choose(call)
+        choice = choose(call, return_lse)
         if implementation != "auto":
             choice = Choice(implementation, "it was asked for", choice.rejected)
         found.append(choice)
@@ -188,8 +164,8 @@ def log_num_visible(query: Any, key: Any, *, mask: Any = None, **options: Any) -
         seen = jnp.clip(seen, 1, num_keys).astype(dtype)
         return jnp.broadcast_to(jnp.log(seen).reshape((1,) * (len(shape) - 1) + (-1,)), shape)
     kept = ("query_offset", "key_offset", "implementation", "block_sizes")
-    zeros = jnp.zeros((*query.shape[:-1], 1), dtype)
-    empty = jnp.zeros((*key.shape[:-1], 1), dtype)
+    zeros = jnp.zeros((*query.shape[:-1], 1), query.dtype)
+    empty = jnp.zeros((*key.shape[:-1], 1), query.dtype)
     _, lse = attention(
         zeros, empty, empty, mask=mask, return_lse=True,
         **{name: options[name] for name in kept if name in options},
@@ -197,221 +173,37 @@ def log_num_visible(query: Any, key: Any, *, mask: Any = None, **options: Any) -
     return jnp.where(jnp.isfinite(lse), lse, 0)
 
 
-_DEFAULTS = (
-    ("mask", None), ("modifiers", ()), ("normalizer", None), ("scale", None), ("query_offset", 0),
-    ("key_offset", 0), ("dropout_rate", 0.0), ("dropout_key", None), ("return_lse", False),
-    ("implementation", "auto"), ("block_sizes", None),
-)  # fmt: skip
-
-
-def _limits(call: Call, implementation: str) -> str | None:
-    """Why an implementation cannot serve this call, or None."""
-    if implementation in ("xla", "cudnn"):
-        absent = availability()[implementation]
-        return absent or library_limits(call, implementation)
-    if implementation in BACKENDS:
-        return missing(implementation) or kernel_limits(call, implementation)
-    return None
-
-
-def _choose(call: Call) -> Choice:
-    rejected = {}
-    for name in ("xla", "cudnn"):
-        limit = _limits(call, name)
-        if limit:
-            rejected[name] = limit
-    scores = math.prod(call.query.shape[:-1]) * call.lengths[1]
-    simple_mask = isinstance(call.mask, Full | Causal)
-    if "cudnn" not in rejected and simple_mask and not call.modifiers and scores > _SMALL:
-        return Choice("cudnn", "a fused GPU kernel serves this call as it is", rejected)
-    rejected.setdefault("xla", "holds the whole score matrix and is no faster than the reference")
-    rejected.setdefault("cudnn", "is taken for half-precision calls with no or a causal mask")
-    if scores <= _SMALL:
-        rejected["blockwise"] = "would recompute scores that fit in memory"
-        reason = f"the {scores:,} scores fit in memory, and keeping them is fastest"
-        return Choice("reference", reason, rejected)
-    rejected["reference"] = f"would hold all {scores:,} scores at once"
-    return Choice("blockwise", f"{scores:,} scores are too many to hold; exact, O(n)", rejected)
-
-
-def _prepare(
-    query: Any, key: Any, value: Any, mask: Any, modifiers: Any, normalizer: Any, scale: Any,
-    query_offset: Any, key_offset: Any, dropout_rate: Any, dropout_key: Any, return_lse: bool,
-    implementation: str, block_sizes: Any,
-) -> tuple[Call, str]:  # fmt: skip
-    """Check every argument, and put heads before positions."""
-    query, key, value = check_inputs(query, key, value)
-    batch = query.shape[:-3]
-    sizes = {"N": query.shape[-2], "T": query.shape[-3], "S": key.shape[-3]}
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(
-            f'implementation: expected "auto" or one of {", ".join(IMPLEMENTATIONS)}, '
-            f"got {implementation!r}."
-        )
-    mask = Full() if mask is None else as_mask(mask)
-    check_mask(mask, batch, sizes)
-    modifiers = as_modifiers(modifiers)
-    check_leaves("modifiers", modifiers, axes_of(modifiers), batch, sizes)
-    normalizer = Softmax() if normalizer is None else normalizer
-    if not isinstance(normalizer, Normalizer):
-        raise TypeError(f"normalizer: expected a Normalizer, got {type(normalizer).__name__}.")
-    check_leaves("normalizer", normalizer, normalizer.axes(), batch, sizes)
-    if return_lse and normalizer.kind != "shared":
-        raise ValueError(
-            f"return_lse: {type(normalizer).__name__} has no normalizing sum; "
-            "use a softmax-like normalizer."
-        )
-    if block_sizes is not None:
-        good = isinstance(block_sizes, tuple) and len(block_sizes) == 2
-        if not good or any(not isinstance(b, int) or b < 1 for b in block_sizes):
-            raise ValueError(f"block_sizes: expected two positive ints, got {block_sizes!r}.")
-    if not isinstance(dropout_rate, float | int) or not 0 <= dropout_rate < 1:
-        raise ValueError(f"dropout_rate: expected a number in [0, 1), got {dropout_rate!r}.")
-    if dropout_rate and dropout_key is None:
-        raise ValueError(f"dropout_key: {dropout_rate=} needs a JAX random key, got None.")
-    words = key_words(dropout_key) if dropout_rate else None
-    scale, modifiers = _check_scale(scale, query.shape[-1], modifiers)
-    call = Call(
-        heads_first(query), heads_first(key), heads_first(value), modifiers, normalizer, mask,
-        _check_offset("query_offset", query_offset), _check_offset("key_offset", key_offset),
-        words, scale, float(dropout_rate),
-    )  # fmt: skip
-    return call, implementation
-
-
-def check_inputs(*inputs: Any) -> list[Array]:
-    """Query, key and value as arrays, or the error that `attention` documents."""
-    arrays = []
-    for name, x, axes in zip(("query", "key", "value"), inputs, _AXES, strict=True):
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name}: expected an array {axes}, got {type(x).__name__}.")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name}: expected a floating-point array, got dtype {x.dtype}.")
-        if len(x.shape) < 3:
-            raise ValueError(f"{name}: expected an array {axes}, got shape {x.shape}.")
-        if 0 in x.shape[-3:]:
-            raise ValueError(f"{name}: no axis of {axes} may be empty, got shape {x.shape}.")
-        arrays.append(jnp.asarray(x))
-    query, key, value = arrays
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(
-                f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}; cast one."
-            )
-        if x.shape[:-3] != query.shape[:-3]:
-            raise ValueError(
-                f"{name}: batch axes {x.shape[:-3]} differ from those of query, "
-                f"{query.shape[:-3]}, in shapes {x.shape} and {query.shape}."
-            )
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            f"key: head width {key.shape[-1]} differs from that of query, {query.shape[-1]}."
-        )
-    if key.shape[-3:-1] != value.shape[-3:-1]:
-        raise ValueError(
-            f"value: length and heads {value.shape[-3:-1]} differ from those of key, "
-            f"{key.shape[-3:-1]}."
-        )
-    if query.shape[-2] % key.shape[-2]:
-        raise ValueError(
-            f"query: the number of heads, {query.shape[-2]}, should be a multiple of the number of "
-            f"key heads, {key.shape[-2]}."
-        )
-    return arrays
-
-
-_AXES = ("(*B, T, N, H)", "(*B, S, K, H)", "(*B, S, K, D)")
-
-
-def _check_offset(name: str, offset: Any) -> Any:
-    if isinstance(offset, bool) or not (
-        isinstance(offset, int | np.integer)
-        or (hasattr(offset, "dtype") and jnp.issubdtype(offset.dtype, jnp.integer))
-    ):
-        raise TypeError(f"{name}: expected an integer, got {offset!r}.")
-    if jnp.ndim(offset):
-        raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(offset)}.")
-    return int(offset) if isinstance(offset, int | np.integer) else offset
-
-
-def _check_scale(scale: Any, width: int, modifiers: Any) -> tuple[float, Any]:
-    if scale is None:
-        return default_scale(width), modifiers
-    if isinstance(scale, int | float | np.floating):
-        return float(scale), modifiers
-    if not hasattr(scale, "dtype") or not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise TypeError(f"scale: expected a number or a floating-point array, got {scale!r}.")
-    if jnp.ndim(scale):
-        raise ValueError(
-            f"scale: expected a scalar, got shape {jnp.shape(scale)}; "
-            "scale per head or query by attnlab.scores.Temperature."
-        )
-    # A traced scale may be trainable, so it goes where gradients are taken.
-    return 1.0, (Temperature(1 / scale), *modifiers)
-
-
-def dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
+def block_sparse_attention(
+    query: Shaped[Array, "..."],
+    key: Shaped[Array, "..."],
+    value: Shaped[Array, "..."],
+    index: Int[Array, "*B N I M"],
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
-    return_residual: bool = False,
+    block_sizes: tuple[int, int] = (128, 128),
+    mask: Any = None,
+    **options: Any,
 ) -> Any:
-    """`jax.nn.dot_product_attention`, served by attnlab: swap the one for the other.
+    """Attention in which each block of queries meets the listed blocks of keys only.
 
-    Shapes, dtypes and the meaning of each argument are those of `jax.nn.dot_product_attention`;
-    see there.  What differs: any number of batch axes, a value width unlike the key width,
-    `implementation` also takes attnlab's own names (None: "auto"), memory is O(n) at length, and
-    rows that may see no key (or lie beyond `query_seq_lengths`) are zeros instead of a mean.
+    What a selector (top-k, routing) found: query block i of a head meets the key blocks
+    `index[..., i, :]`; -1 fills shorter lists.  Lists may be traced: other lists run without
+    another compilation, and in the fused kernels blocks that are not listed cost nothing.
+    Gradients reach query, key, value and everything in `options`; the lists have none.
 
     Args:
-      query, key, value: "*B T N H", "*B S K H", "*B S K D".
-      bias: added to the scaled scores; broadcasts to "*B N T S".
-      mask: boolean, broadcasts to "*B N T S".
-      query_seq_lengths, key_value_seq_lengths: integers "*B"; what lies beyond is masked.
-      local_window_size: (left, right), or one int for both sides.
-      return_residual: also return the log-sum-exp, "*B T N".
+      query, key, value: "*B T N H", "*B S K H", "*B S K D", as for `attention`.
+      index: integers "*B N I M" with I = ceil(T / block_sizes[0]); axes B and N may be 1 or absent.
+      block_sizes: queries and keys of one block.
+      mask: narrows what the lists allow.
+      options: as for `attention`.
 
     Raises:
-      As `attnlab.attention`.
+      ValueError: a block that is not -1 and not one of the ceil(S / block_sizes[1]) key blocks
+        (under `jit` numbers are not known; one out of range meets nothing), or shapes that do not
+        fit.
     """
-    masks: Mask | None = None if mask is None else as_mask(mask)
-
-    def also(other: Mask) -> Mask:
-        return other if masks is None else masks & other
-
-    if is_causal:
-        masks = also(Causal())
-    if local_window_size is not None:
-        window = local_window_size
-        left, right = window if isinstance(window, tuple) else (window, window)
-        masks = also(SlidingWindow(left, right))
-    if key_value_seq_lengths is not None:
-        masks = also(KeyPadding(jnp.asarray(key_value_seq_lengths)))
-    if query_seq_lengths is not None:
-        masks = also(QueryPadding(jnp.asarray(query_seq_lengths)))
-    modifiers: tuple[ScoreModifier, ...] = ()
-    if bias is not None:
-        bias = jnp.asarray(bias)
-        modifiers = (Bias(bias.reshape((1,) * max(0, 3 - bias.ndim) + bias.shape)),)
-    out = attention(
-        query,
-        key,
-        value,
-        mask=masks,
-        modifiers=modifiers,
-        scale=scale,
-        implementation=implementation or "auto",
-        return_lse=return_residual,
-    )
-    if return_residual:
-        return out[0], jnp.swapaxes(out[1], -1, -2)
-    return out
+    num_blocks = -(-key.shape[-3] // block_sizes[1])
+    blocks: Mask = Blocks.from_lists(index, num_blocks, block_sizes)
+    if mask is not None:
+        blocks = blocks & as_mask(mask)
+    return attention(query, key, value, mask=blocks, **options)

@@ -80,7 +80,8 @@ def make_flat(some: Any, every: Any) -> Flat:
     masked = ~pick(every) & ~is_dead
     flags = first * FIRST + last * LAST + masked * MASKED + is_dead * DEAD
     flags = xp.where(late, SKIP, flags)
-    return Flat(*(x.astype(np.int32) for x in (owner, other, flags)), total)
+    owner, other, flags = (x.astype(np.int32) for x in (owner, other, flags))
+    return Flat(owner, other, flags, total)
 
 
 def padded(length: int, block: int) -> int:
@@ -109,7 +110,5 @@ def triton_block_sizes(
 
 def divide_blocks(block_sizes: tuple[int, int], mask_blocks: tuple[int, int]) -> tuple[int, int]:
     """Block sizes that lie within the blocks of a block mask; unchanged where it has none (0)."""
-    rows, cols = (
-        math.gcd(b, m) if m else b for b, m in zip(block_sizes, mask_blocks, strict=True)
-    )
+    rows, cols = (math.gcd(b, m) if m else b for b, m in zip(block_sizes, mask_blocks, strict=True))
     return rows, cols

@@ -37,8 +37,8 @@ class Leaf:
     """One array of a term.  `axes`: those of "bnts" along which it is full.
 
     `blocks`: with (r, c), entry [.., i, j] holds for whole blocks of r rows by c columns, (0, 0)
-    for none.  `table`: the last axis holds entries to be looked up, not keys.  `boolean`: it is stored
-    as int8, which every device can load.
+    for none.  `table`: the last axis holds entries to be looked up, not keys.  `boolean`: stored as
+    int8, which every device can load.
     """
 
     axes: str
@@ -89,9 +89,9 @@ class Lists(NamedTuple):
     length one where all share a list.
     """
 
-    index: Int[Array, "b n I M"]
+    index: Int[Array, "b n I M"]  # type: ignore[assignment]
     full: Int[Array, "b n I"]
-    count: Int[Array, "b n I"]
+    count: Int[Array, "b n I"]  # type: ignore[assignment]
 
 
 class Flat(NamedTuple):

@@ -45,6 +45,13 @@ def block_sizes(
     return tuple(min(b, plan.power_of_two(n)) for b, n in zip(sizes, lengths, strict=True))  # type: ignore[return-value]
 
 
+def block_limit(block_sizes: tuple[int, int]) -> str | None:
+    """What is wrong with these block sizes, or None."""
+    if all(b >= 16 and b & (b - 1) == 0 for b in block_sizes):
+        return None
+    return f"takes block_sizes that are powers of two from 16 on, not {block_sizes}"
+
+
 def _iota(rows: int, cols: int) -> Callable[[int], Array]:
     return lambda axis: jax.lax.broadcasted_iota(jnp.int32, (rows, cols), axis)
 
@@ -107,9 +114,7 @@ class _Tiles:
 
     def at(self, leaves: list[Any], i: Any, j: Any) -> tuple[tile.TileAt, Array]:
         iota = _iota(self.rows, self.cols)
-        return tile.where_pairs_lie(
-            self.spec, leaves, i * self.rows, j * self.cols, self.n, iota
-        )
+        return tile.where_pairs_lie(self.spec, leaves, i * self.rows, j * self.cols, self.n, iota)
 
     def walk(self, lists: Lists, owner: Any, step: Callable, state: Any, split: Any = None) -> Any:
         """`step(masked)(other, state)` for each live tile of `owner`, or for part of them."""
@@ -187,13 +192,13 @@ def _forward_kernel(spec: Spec, tree: Any, splits: int, *refs: Any) -> None:
 
 
 def _row_kernel(spec: Spec, tree: Any, wanted: tuple[int, ...], *refs: Any) -> None:
-    """dq and the gradients of leaves that have no key axis."""
+    """The gradients of queries and of leaves that have no key axis."""
     inputs, outputs = refs[: tree.num_leaves], refs[tree.num_leaves :]
     arrays, d_out_ref, lse_ref, shift_ref = jax.tree.unflatten(tree, inputs)
     d_query_ref, *d_leaf_refs = outputs
     i, n, b = (pl.program_id(axis) for axis in range(3))
     tiles = _Tiles(spec, arrays, b, n)
-    rows, cols = spec.block_sizes
+    rows = spec.block_sizes[0]
     query, d_out = tiles.query_block(arrays.query, i), tiles.query_block(d_out_ref, i)
     backward = _Backward(spec, tiles, wanted)
 
@@ -220,12 +225,14 @@ def _row_kernel(spec: Spec, tree: Any, wanted: tuple[int, ...], *refs: Any) -> N
 
 
 def _row_parts(spec: Spec, arrays: Arrays, wanted: Sequence[int]) -> list[tuple[int, ...]]:
-    """Shapes of what the row kernel sums for each wanted leaf: one entry, or one per row; for a
-    table, as many such as it has entries."""
-    shapes = []
+    """Shapes of what the row kernel sums for wanted leaves: one number, or one for each row.
+
+    A table has as many as it has entries.
+    """
+    shapes: list[tuple[int, ...]] = []
     for number in wanted:
         leaf = spec.leaves[number]
-        shape = (spec.block_sizes[0],) if "t" in leaf.axes else ()
+        shape: tuple[int, ...] = (spec.block_sizes[0],) if "t" in leaf.axes else ()
         shapes += [shape] * (arrays.leaves[number].shape[3] if leaf.table else 1)
     return shapes
 
@@ -275,12 +282,12 @@ class _Backward:
 
 
 def _column_kernel(spec: Spec, tree: Any, wanted: tuple[int, ...], *refs: Any) -> None:
-    """dk, dv and the gradients of leaves that have a key axis but no query axis."""
+    """The gradients of keys, of values and of leaves that have a key axis but no query axis."""
     inputs, outputs = refs[: tree.num_leaves], refs[tree.num_leaves :]
     arrays, d_out_ref, lse_ref, shift_ref = jax.tree.unflatten(tree, inputs)
     d_key_ref, d_value_ref, *d_leaf_refs = outputs
     j, shared, b = (pl.program_id(axis) for axis in range(3))
-    rows, cols = spec.block_sizes
+    cols = spec.block_sizes[1]
     group = arrays.query.shape[1] // arrays.key.shape[1]
     dtype = arrays.query.dtype
     span = pl.ds(j * cols, cols)
@@ -347,9 +354,7 @@ def _pair_kernel(spec: Spec, tree: Any, number: int, sums: tuple[int, int], *ref
         live = live_ref[(*leading(live_ref, b, n), i, j)]
         return jax.lax.fori_loop(0, live, lambda _, total: work(total), total)
 
-    total = jax.lax.fori_loop(
-        0, sums[0] * sums[1], one, jnp.zeros((rows, cols), jnp.float32)
-    )
+    total = jax.lax.fori_loop(0, sums[0] * sums[1], one, jnp.zeros((rows, cols), jnp.float32))
     span = pl.ds(i * rows, rows), pl.ds(j * cols, cols)
     d_leaf_ref[b0, n0, *span] = total
 
@@ -396,7 +401,7 @@ def backward(
     spec: Spec, arrays: Arrays, live: Array, d_out: Array, lse: Array, shift: Array,
     wanted: tuple[int, ...], *, interpret: Any = False,
 ) -> tuple[Array, Array, Array, list[Array]]:  # fmt: skip
-    """dq "B N T H", dk "B K S H", dv "B K S D" and the gradients of wanted leaves, in float32.
+    """Gradients: query "B N T H", key "B K S H", value "B K S D", and wanted leaves in float32.
 
     `shift` "B N T": the cotangent of lse minus sum(d_out * out); `live`
     (b, n, I, J): 1 for tiles with work to do, else 0.
