@@ -6,6 +6,7 @@ entry does not claim it, or the implementation refuses the call by a NotImplemen
 another which can.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab import masks
+from attnlab.core.kernels import BACKENDS, interpret, missing
 from tests import oracles
 from tests.contract.formulas import FORMULAS
 from tests.contract.subject import (
@@ -54,7 +56,7 @@ def promise(words: str, *, claim: str | None = None, dtypes: tuple[str, ...] | N
             # jax.nn's own derivatives mix bfloat16 with float32, which strict promotion forbids.
             promotion = "standard" if implementation in ("xla", "cudnn") else "strict"
             try:
-                with jax.numpy_dtype_promotion(promotion):
+                with jax.numpy_dtype_promotion(promotion), on_this_machine(implementation):
                     return function(subject(entry, dtype, implementation), key)
             except NotImplementedError as refusal:
                 return _checked_refusal(str(refusal), implementation)
@@ -64,6 +66,12 @@ def promise(words: str, *, claim: str | None = None, dtypes: tuple[str, ...] | N
         return prop
 
     return register
+
+
+def on_this_machine(implementation: str):
+    """Kernels run on their device where there is one, and are interpreted elsewhere."""
+    needs = implementation in BACKENDS and missing(implementation)
+    return interpret() if needs else contextlib.nullcontext()
 
 
 def _checked_refusal(words: str, implementation: str) -> str:
@@ -417,6 +425,8 @@ def deterministic_given_a_key(subject: Subject, key):
 def memory_growth(subject: Subject, key):
     if subject.implementation in ("reference", "xla"):
         return "holds the score matrix; blockwise does not"
+    if subject.implementation in BACKENDS and missing(subject.implementation):
+        return "the memory of the interpreter is not the kernel's"
 
     def temporaries(n):
         shapes = ((n, HEADS, WIDTH), (n, 2, WIDTH), (n, 2, WIDTH))

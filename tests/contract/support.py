@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16")
-IMPLEMENTATIONS = ("reference", "blockwise", "xla", "cudnn")
+IMPLEMENTATIONS = ("reference", "blockwise", "xla", "cudnn", "triton")
 FIELDS = ("entry", "property", "dtype", "implementation")
 
 _rows: dict[tuple[str, ...], dict[str, str]] = {}
