@@ -11,7 +11,7 @@ from attnlab.core.blockwise import blockwise_attention
 from attnlab.core.choice import Choice, availability, choose, limits
 from attnlab.core.inputs import DEFAULTS, IMPLEMENTATIONS, check_inputs, prepare
 from attnlab.core.kernels import BACKENDS, kernel_attention
-from attnlab.core.library import library_attention
+from attnlab.core.library import library_attention, without_gradient
 from attnlab.core.masks import Blocks, Causal, Full, Mask, as_mask
 from attnlab.core.normalizers import Normalizer, Softmax
 from attnlab.core.reference import heads_first, join_extra, reference_attention
@@ -103,6 +103,8 @@ def attention(
     extra = normalizer.log_extra()
     if implementation in ("xla", "cudnn"):
         out, lse = library_attention(call, implementation)
+        if return_lse or extra is not None:
+            lse = without_gradient(lse, call.query)
     elif implementation == "tokamax":
         out, lse = tokamax_attention(call)  # a call that needs its lse was refused
     else:

@@ -1,5 +1,7 @@
 """The implementations that come with JAX, behind attnlab's front door."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -32,6 +34,22 @@ def library_limits(call: Call, implementation: str) -> str | None:
     if implementation == "cudnn" and call.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16 only, not {call.query.dtype}"
     return None
+
+
+@jax.custom_vjp
+def without_gradient(lse: Array, query: Array) -> Array:
+    """`lse` as it is; asking for its gradient is an error, where `jax.nn` would answer zero."""
+    return lse
+
+
+def _refuse(_: Any, cotangent: Array) -> Any:
+    raise NotImplementedError(
+        'implementation="xla" and "cudnn" have no gradient of the log-sum-exp (jax.nn stops it), '
+        'which this normalizer or loss needs; implementation="blockwise" can.'
+    )
+
+
+without_gradient.defvjp(lambda lse, query: (lse, None), _refuse)
 
 
 def library_attention(

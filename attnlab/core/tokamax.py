@@ -45,7 +45,10 @@ def tokamax_missing() -> str | None:
 
 
 def tokamax_limits(call: Call, return_lse: bool = False) -> str | None:
-    """What keeps tokamax from serving a call with attnlab's answer, or None."""
+    """What keeps tokamax from serving a call with attnlab's answer, or None.
+
+    Its kernels have limits of their own, which it tells, and we pass on, when they are traced.
+    """
     kind = type(call.normalizer).__name__
     if not isinstance(call.normalizer, Softmax):
         return f"normalizes by softmax only, not by {kind}"
@@ -67,14 +70,11 @@ def tokamax_limits(call: Call, return_lse: bool = False) -> str | None:
             return f"adds to scores, then caps them, which {type(modifier).__name__} does not"
     if cap is not None and (isinstance(cap.cap, jax.core.Tracer) or np.size(cap.cap) != 1):
         return "takes a soft cap that is one number, not one per head or one that is traced"
-    missing = tokamax_missing()
-    if missing or _platform() == "cpu":
-        return missing
-    try:  # what its kernels cannot, they say when they are traced
-        jax.eval_shape(lambda: tokamax_attention(call)[0])
-    except _RefusalError as refusal:
-        return refusal.limit
-    return None
+    if _platform() == "tpu" and additive:
+        return "adds nothing to scores on a TPU"
+    if _platform() == "tpu" and call.query.dtype == jnp.float16:
+        return "takes bfloat16 and float32 only on a TPU"
+    return tokamax_missing()
 
 
 def tokamax_attention(call: Call) -> tuple[Float[Array, "*B N T D"], None]:
@@ -223,15 +223,10 @@ def _speaking(what: str) -> Iterator[None]:
         if not all(isinstance(error, NotImplementedError) for error in errors):
             raise
         reasons = "; ".join(str(error).rstrip(".") for error in errors)
-        raise _RefusalError(f"cannot serve {what} with its kernels here ({reasons})") from refusal
-
-
-class _RefusalError(NotImplementedError):
-    """A refusal of tokamax itself; `limit` as `tokamax_limits` says it."""
-
-    def __init__(self, limit: str) -> None:
-        super().__init__(f'implementation="tokamax" {limit}; implementation="blockwise" can.')
-        self.limit = limit
+        raise NotImplementedError(
+            f'implementation="tokamax" cannot serve {what} with its kernels here ({reasons}); '
+            'implementation="blockwise" can.'
+        ) from refusal
 
 
 def _platform() -> str:

@@ -1,10 +1,11 @@
-"""The pages made from the library: atlas, theorems, support, benchmarks, API reference."""
+"""The pages made from the library: atlas, theorems, support, kernels, benchmarks, API reference."""
 
 import pathlib
 
 import page_api
 import page_atlas
 import page_bench
+import page_kernels
 import page_support
 import page_theorems
 from stage import Tree
@@ -16,6 +17,7 @@ def pages(root: pathlib.Path) -> Tree:
     text = page_atlas.pages(rows)
     text |= page_support.pages(rows)
     text |= page_theorems.pages(root)
+    text |= page_kernels.pages(root)
     text |= page_bench.pages(root)
     text |= page_api.pages(root)
     return {name: content.encode("utf-8") for name, content in text.items()}

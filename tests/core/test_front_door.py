@@ -247,3 +247,15 @@ def test_the_oracle_projections_by_hand():
     assert_close(weights, [[[0.6, 0.4, 0.0]]], np.float64)
     weights, _ = oracles.entmax15()(np.array([[[0.0, 0.0, -9.0]]]), one, np.asarray)
     assert_close(weights, [[[0.5, 0.5, 0.0]]], np.float64)
+
+
+def test_xla_says_that_its_log_sum_exp_has_no_gradient():
+    def loss(query, **options):
+        return jnp.sum(attention(query, K, V, implementation="xla", **options)[0])
+
+    jax.grad(loss)(Q, return_lse=True)  # of the output alone: there is one
+    words = r'no gradient of the log-sum-exp.*implementation="blockwise" can'
+    with pytest.raises(NotImplementedError, match=words):
+        jax.grad(lambda q: jnp.sum(attention(q, K, V, implementation="xla", return_lse=True)[1]))(Q)
+    with pytest.raises(NotImplementedError, match=words):
+        jax.grad(loss)(Q, normalizer=normalizers.SoftmaxPlusOne())
