@@ -137,7 +137,7 @@ def _code_limit(call: Call) -> str | None:
 
     try:
         jaxpr = jax.make_jaxpr(code)()
-    except (TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # the caller's code may fail in any way
         reason = str(error).strip().splitlines()[0]
         return f"evaluates masks and modifiers on a tile of rank 2, which fails here ({reason})"
     found = set(_primitives(jaxpr.jaxpr)) & set(_NO_KERNEL)

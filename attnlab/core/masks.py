@@ -8,7 +8,6 @@ mask is a formula and by looking, one tile at a time, where it is data.
 True means the query may look at the key.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from attnlab.core.spans import Span, TilePlan, same_rank
 from attnlab.core.terms import (
     ArrayLeaf,
     At,
@@ -28,57 +28,6 @@ from attnlab.core.terms import (
     restrict,
     static,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """First and last position of each block: (rows, 1) for queries, (1, columns) for keys."""
-
-    query_first: np.ndarray
-    query_last: np.ndarray
-    key_first: np.ndarray
-    key_last: np.ndarray
-    lengths: tuple[int, int] = (0, 0)
-    block_sizes: tuple[int, int] = (1, 1)
-
-    @classmethod
-    def of(
-        cls, lengths: tuple[int, int], block_sizes: tuple[int, int], offsets: tuple[Any, Any]
-    ) -> "Span":
-        """The blocks of a score matrix; with traced offsets the ends are traced as well."""
-        ends = []
-        for length, block, offset in zip(lengths, block_sizes, offsets, strict=True):
-            first = np.arange(0, length, block, dtype=np.int32)
-            last = np.minimum(first + block, length).astype(np.int32) - 1
-            ends.append((first + offset, last + offset))
-        (qf, ql), (kf, kl) = ends
-        return cls(qf[:, None], ql[:, None], kf[None, :], kl[None, :], lengths, block_sizes)
-
-    def in_blocks(self, x: Array, axis: int) -> Array:
-        """Axis 0 (queries) or 1 (keys) last in `x`, cut into blocks: "... I r" or "... J c"."""
-        block = self.block_sizes[axis]
-        short = -x.shape[-1] % block
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], mode="edge")
-        return x.reshape(*x.shape[:-1], -1, block)
-
-
-@dataclasses.dataclass(frozen=True)
-class TilePlan:
-    """Which tiles hold no allowed pair (`empty`), only allowed pairs (`full`), or both (`partial`).
-
-    Each is a boolean array of shape (query blocks, key blocks).
-    """
-
-    block_sizes: tuple[int, int]
-    empty: np.ndarray
-    full: np.ndarray
-
-    @property
-    def partial(self) -> np.ndarray:
-        return ~self.empty & ~self.full
-
-    def counts(self) -> dict[str, int]:
-        return {name: int(getattr(self, name).sum()) for name in ("empty", "full", "partial")}
 
 
 def _is_traced(x: Any) -> bool:
@@ -376,7 +325,7 @@ class QueryPadding(KeyPadding):
 
 
 def _before(first: Any, last: Any, lengths: Any) -> tuple[Any, Any]:
-    lengths = jnp.asarray(lengths)[..., None, None, None]
+    first, last, lengths = same_rank(first, last, jnp.asarray(lengths)[..., None, None, None])
     return first < lengths, last < lengths
 
 
@@ -527,7 +476,8 @@ class _And(Mask):
         return self._join(self.a.data_bounds(span), self.b.data_bounds(span))
 
     def _join(self, a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-        return a[0] & b[0], a[1] & b[1]
+        (some_a, some_b), (every_a, every_b) = same_rank(a[0], b[0]), same_rank(a[1], b[1])
+        return some_a & some_b, every_a & every_b
 
     @property
     def opaque(self) -> bool:
@@ -548,7 +498,8 @@ class _Or(Mask):
         return self._join(self.a.data_bounds(span), self.b.data_bounds(span))
 
     def _join(self, a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-        return a[0] | b[0], a[1] | b[1]
+        (some_a, some_b), (every_a, every_b) = same_rank(a[0], b[0]), same_rank(a[1], b[1])
+        return some_a | some_b, every_a | every_b
 
     @property
     def opaque(self) -> bool:

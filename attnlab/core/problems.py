@@ -11,13 +11,28 @@ import numpy as np
 from jaxtyping import Array
 
 from attnlab.core.dropout import threefry_2x32
-from attnlab.core.masks import Mask, Span
+from attnlab.core.masks import Mask
 from attnlab.core.reference import Call
 from attnlab.core.scores import apply_modifiers
-from attnlab.core.terms import align, axes_of, restrict, sized_axes
+from attnlab.core.spans import Span, same_rank
+from attnlab.core.terms import At, align, axes_of, restrict, sized_axes
 from attnlab.core.tiles import pad_terms
 from pallas_kernels.flash import plan
 from pallas_kernels.flash.problem import Leaf, Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class _InTile(At):
+    """The positions of a kernel's tile, looked up in the kernel's way."""
+
+    tile: Any = None
+
+    def look_up(self, table: Any, index: Array) -> Any:
+        return self.tile.look_up(table, index)
+
+
+def _seen(at: Any) -> At:
+    return _InTile(at.query, at.key, at.head, at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +45,13 @@ class TermProgram:
 
     def allowed(self, leaves: list[Any], at: Any) -> Any:
         count = self.mask.num_leaves
-        return jax.tree.unflatten(self.mask, leaves[:count]).allowed(at)
+        return jax.tree.unflatten(self.mask, leaves[:count]).allowed(_seen(at))
 
     def evaluate(self, leaves: list[Any], products: Array, at: Any) -> Array:
         first = self.mask.num_leaves
         own = leaves[first : first + self.terms.num_leaves]
         modifiers, normalizer = jax.tree.unflatten(self.terms, own)
-        scores = apply_modifiers(modifiers, products, at)
+        scores = apply_modifiers(modifiers, products, _seen(at))
         return normalizer.log_weight(scores) if self.shared else normalizer.weight(scores)
 
 
@@ -213,8 +228,8 @@ def tile_tables(call: Call, block_sizes: tuple[int, int]) -> tuple[Any, Any]:
         whole[-1, :] = False
     if lengths[1] % block_sizes[1]:
         whole[:, -1] = False
-    some, every = some & np.ones(shape, bool), every & whole
-    return some, every
+    some, every, whole, anything = same_rank(some, every, whole, np.ones(shape, bool))
+    return some & anything, every & whole
 
 
 def _look(call: Call, block_sizes: tuple[int, int]) -> tuple[Array, Array]:
