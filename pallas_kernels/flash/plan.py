@@ -53,7 +53,7 @@ def make_flat(some: Any, every: Any) -> Flat:
     b, n, rows, cols = some.shape
     every = every & some
     dead = ~some.any(-1)
-    column = xp.arange(cols)
+    column = xp.arange(cols).reshape(1, 1, 1, cols)
     taken = some | (dead[..., None] & (column == 0))
     flat = taken.reshape(b, n, rows * cols)
     totals = flat.sum(-1)
@@ -62,7 +62,7 @@ def make_flat(some: Any, every: Any) -> Flat:
     if xp is np:
         total = int(total)
         order = order[..., :total]
-    steps = xp.arange(order.shape[-1])
+    steps = xp.arange(order.shape[-1]).reshape(1, 1, -1)
     late = steps >= totals[..., None]
     # Steps beyond the end stay at the last tile, so that nothing new is fetched for them.
     final = xp.take_along_axis(order, totals[..., None] - 1, -1)
@@ -78,8 +78,10 @@ def make_flat(some: Any, every: Any) -> Flat:
     last = xp.concatenate([change, edge], -1) | (steps == totals[..., None] - 1)
     is_dead = xp.take_along_axis(dead, owner, -1)
     masked = ~pick(every) & ~is_dead
-    flags = first * FIRST + last * LAST + masked * MASKED + is_dead * DEAD
-    flags = xp.where(late, SKIP, flags)
+    flags = xp.zeros(owner.shape, np.int32)
+    for marked, flag in ((first, FIRST), (last, LAST), (masked, MASKED), (is_dead, DEAD)):
+        flags = flags + xp.where(marked, np.int32(flag), np.int32(0))
+    flags = xp.where(late, np.int32(SKIP), flags)
     owner, other, flags = (x.astype(np.int32) for x in (owner, other, flags))
     return Flat(owner, other, flags, total)
 
@@ -97,15 +99,34 @@ def power_of_two(n: int, least: int = 16) -> int:
 def triton_block_sizes(
     key_width: int, value_width: int, itemsize: int, backward: bool
 ) -> tuple[int, int]:
-    """Rows and columns of a tile for the Triton bodies: what fits registers and shared memory."""
+    """Rows and columns of a tile for the Triton bodies.
+
+    The largest for which the compiler keeps the inner loops in registers on an H100 (with
+    `triton_warps`); to be tuned by time on each device.
+    """
     width = power_of_two(max(key_width, value_width))
     if itemsize >= 4:
-        return (32, 32) if width > 64 or backward else (64, 32)
+        if width > 128:
+            return 16, 16
+        return (16, 32) if width > 64 else (32, 32)
     if backward:
         return (32, 32) if width > 128 else (64, 64)
-    if width <= 128:
-        return 128, 64
-    return 64, 32
+    return (64, 32) if width > 128 else (128, 64)
+
+
+def triton_warps(
+    key_width: int, value_width: int, itemsize: int, rows: int, backward: bool, extras: bool
+) -> int:
+    """Warps of a program: more where a tile's sums would not fit the registers of four.
+
+    `extras`: masks or modifiers hold arrays, which need registers of their own.
+    """
+    width = power_of_two(max(key_width, value_width))
+    if itemsize >= 4:
+        return 16 if width > 128 else 8
+    if backward:
+        return 8 if width > 64 or extras else 4
+    return 8 if rows >= 128 else 4
 
 
 def divide_blocks(block_sizes: tuple[int, int], mask_blocks: tuple[int, int]) -> tuple[int, int]:

@@ -59,10 +59,15 @@ class Leaf:
 class Spec:
     """All that is static about a call.
 
-    `lengths`: queries and keys that are real; beyond them lies padding.  `packed`: 0, or the number
-    of queries T when the rows are G heads times T queries that share a key head.  `offsets`,
-    `dropout`, `scales`: numbers of the leaves that hold the traced offsets of positions, the two
-    words of the dropout key of each (b, n), and the scales of int8 keys and values.
+    `lengths`: queries and keys that are real; beyond them lies padding.  `offsets`, `dropout`,
+    `scales`: numbers of the leaves that hold the traced offsets of positions, the two words of the
+    dropout key of each (b, n), and the scales of int8 keys and values.
+
+    For decoding: `packed` is (T, G) when the rows are G heads that share a key head, each with some
+    multiple of T queries.  `isolated`: keys and values may hold NaN where they are not seen, and
+    tiles with a mask keep it from rows that do not see it.  `page`: the number of keys on a page
+    where pages are not the blocks of a tile, else 0.  `heads_last`: keys and values come as
+    "B S K H".  `part`: the result is merged with others, so it stays in float32.
     """
 
     program: Program
@@ -75,7 +80,11 @@ class Spec:
     dropout_rate: float = 0.0
     dropout: tuple[int, int] | None = None
     scales: tuple[int, int] | None = None
-    packed: int = 0
+    packed: tuple[int, int] | None = None
+    isolated: bool = False
+    page: int = 0
+    heads_last: bool = False
+    part: bool = False
 
     @property
     def trainable(self) -> tuple[int, ...]:
@@ -107,8 +116,8 @@ class Flat(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call.  `pages` "B J": where block j of the keys lies in a pool of pages, or
-    None when it lies in place.  A pool has the shape (1, K, pages * cols, H).
+    """The arrays of a call.  `pages` "B J": where block j of the keys (or page j, see `Spec.page`)
+    lies in a pool, or None when it lies in place.  A pool has the shape (1, K, pages * page, H).
 
     `rows` are the lists by row of tiles, `columns` by column (needed by the backward pass only).
     They are `Lists` for GPUs and `Flat` for TPUs.

@@ -39,6 +39,37 @@ class Table:
         return cls(tuple(entries))
 
 
+class _Looks:
+    """The indices of the look-ups in one table, in order."""
+
+    def __init__(self) -> None:
+        self.indices: list[Array] = []
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Probed:
+    """A table that notes each look-up and adds a probe to what is found.
+
+    The cotangent of a probe, with the indices, is the gradient of the table before any sum.
+    """
+
+    table: Table
+    probes: list[Any]
+    looks: _Looks
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table.shape
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], _Looks]:
+        return (self.table, self.probes), self.looks
+
+    @classmethod
+    def tree_unflatten(cls, looks: _Looks, children: Any) -> "_Probed":
+        return cls(*children, looks)
+
+
 @dataclasses.dataclass(frozen=True)
 class TileAt:
     """Where the pairs of a tile lie: absolute positions and head numbers, int32 "rows cols"."""
@@ -52,8 +83,13 @@ class TileAt:
         """Key position minus query position."""
         return self.key - self.query
 
-    def look_up(self, table: Table, index: Array) -> Array:
+    def look_up(self, table: Any, index: Array) -> Array:
         """Entry `index` of the head's table: a chain of selections, as kernels cannot gather."""
+        if isinstance(table, _Probed):
+            number = len(table.looks.indices)
+            table.looks.indices.append(index)
+            found = self.look_up(table.table, index)
+            return found + table.probes[number] if table.probes else found
         found = jnp.zeros(index.shape, table.entries[0].dtype)
         for number, entry in enumerate(table.entries):
             found = jnp.where(index == number, jnp.broadcast_to(entry, index.shape), found)
@@ -77,10 +113,10 @@ def where_pairs_lie(
     rows, cols = iota(0) + row, iota(1) + col
     num_rows = spec.lengths[0]
     if spec.packed:
-        length = jnp.int32(spec.packed)
-        query = jax.lax.rem(rows, jnp.zeros_like(rows) + length)
-        member = jax.lax.div(rows, jnp.zeros_like(rows) + length)
-        heads = head * (num_rows // spec.packed) + member
+        length, group = spec.packed
+        query = jax.lax.rem(rows, jnp.zeros_like(rows) + jnp.int32(length))
+        member = jax.lax.div(rows, jnp.zeros_like(rows) + jnp.int32(num_rows // group))
+        heads = head * group + member
     else:
         query, heads = rows, jnp.zeros_like(rows) + head
     inside = (rows < num_rows) & (cols < spec.lengths[1])
@@ -112,6 +148,25 @@ def evaluate(
     return jnp.where(allowed, result, -jnp.inf if spec.program.shared else 0.0)
 
 
+def isolate(products: Array, value: Array, row: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Products and values of a tile with NaN and infinity of a value moved to its products.
+
+    A weight of zero times NaN is NaN, a masked product is not.  `row` takes the largest entry of
+    each row of an array like `value`, "cols D", to where it broadcasts against the products.
+    """
+    bad = jnp.where(jnp.abs(value) < jnp.inf, 0.0, 1.0)
+    return jnp.where(row(bad) > 0, jnp.nan, products), clean(value)
+
+
+def scaled(spec: Spec, leaves: list[Any], weights: Array, allowed: Array | None) -> Array:
+    """Weights times the scales of int8 values, where there are any."""
+    if spec.scales is None:
+        return weights
+    weights = weights * leaves[spec.scales[1]]
+    # What lies on an unused page may have any scale.
+    return weights if allowed is None else jnp.where(allowed, weights, 0.0)
+
+
 def weights_given_lse(
     spec: Spec, leaves: list[Any], products: Array, at: TileAt, allowed: Array | None, lse: Array
 ) -> Array:
@@ -137,6 +192,49 @@ def pull_back(
         return weights_given_lse(spec, full, products, at, allowed, lse)
 
     return jax.vjp(weigh, products, [leaves[i] for i in wanted])
+
+
+def pull_back_looks(
+    spec: Spec, leaves: list[Any], products: Array, at: TileAt, allowed: Array | None, lse: Array,
+    wanted: Sequence[int],
+) -> tuple[Array, Callable[[Array], tuple[Array, list[Any]]]]:  # fmt: skip
+    """As `pull_back`, but the cotangent of a table is a list of (index, cotangent), "rows cols".
+
+    Summing a tile for each entry of a table is then the kernel's, which need not do all at once.
+    """
+    tables = [i for i in wanted if spec.leaves[i].table]
+    if not tables:
+        return pull_back(spec, leaves, products, at, allowed, lse, wanted)
+    others = [i for i in wanted if not spec.leaves[i].table]
+
+    def weigh(products: Array, chosen: list[Any], probes: list[Any]) -> Any:
+        full = list(leaves)
+        for place, value in zip(others, chosen, strict=True):
+            full[place] = value
+        looks = [_Looks() for _ in tables]
+        for place, probe, look in zip(tables, probes, looks, strict=True):
+            full[place] = _Probed(leaves[place], probe, look)
+        weights = weights_given_lse(spec, full, products, at, allowed, lse)
+        return weights, [look.indices for look in looks]
+
+    plain = [leaves[i] for i in others]
+    _, found = jax.eval_shape(lambda: weigh(products, plain, [[] for _ in tables]))
+    probes = [[jnp.zeros_like(products) for _ in indices] for indices in found]
+    weights, pull, indices = jax.vjp(weigh, products, plain, probes, has_aux=True)
+
+    def pull_all(d_weights: Array) -> tuple[Array, list[Any]]:
+        d_products, d_plain, d_probes = pull(d_weights)
+        by_number = dict(zip(others, d_plain, strict=True))
+        for place, index, d_probe in zip(tables, indices, d_probes, strict=True):
+            by_number[place] = list(zip(index, d_probe, strict=True))
+        return d_products, [by_number[i] for i in wanted]
+
+    return weights, pull_all
+
+
+def clean(x: Array) -> Array:
+    """Zeros in place of NaN and infinity."""
+    return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.zeros_like(x))
 
 
 def finite(x: Array) -> Array:

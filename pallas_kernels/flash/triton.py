@@ -5,8 +5,9 @@ live tiles; lists may come from data.  Dao 2023, arXiv:2307.08691 is the algorit
 and normalizers are the caller's, see `pallas_kernels.flash.tile`.
 """
 
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,6 @@ from jaxtyping import Array
 
 from pallas_kernels.flash import plan, tile
 from pallas_kernels.flash.problem import Arrays, Lists, Spec, leading
-
-_WARPS = 4
 
 
 def limits(query: Any, value: Any, spec: Spec | None = None) -> str | None:
@@ -57,7 +56,17 @@ def _iota(rows: int, cols: int) -> Callable[[int], Array]:
 
 
 def _dot(a: Array, b: Array, trans_a: bool = False, trans_b: bool = False) -> Array:
-    return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, allow_tf32=False).astype(jnp.float32)
+    precision = None
+    if a.dtype == jnp.float32:
+        # Three products in tf32 keep float32's precision, on the tensor cores; interpreted, XLA
+        # multiplies in float32 itself.
+        three = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        precision = jax.lax.Precision.HIGHEST if _interpreted.get() else three
+    return plgpu.dot(a, b, trans_a, trans_b, precision=precision).astype(jnp.float32)
+
+
+# Set while a kernel is traced for the interpreter.
+_interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 
 
 class _Tiles:
@@ -66,7 +75,7 @@ class _Tiles:
     def __init__(self, spec: Spec, refs: Arrays, b: Any, n: Any) -> None:
         self.spec, self.refs, self.b, self.n = spec, refs, b, n
         self.rows, self.cols = spec.block_sizes
-        self.group = refs.query.shape[1] // refs.key.shape[1]
+        self.group = refs.query.shape[1] // refs.key.shape[2 if spec.heads_last else 1]
 
     def query_block(self, ref: Any, i: Any) -> Array:
         return ref[self.b, self.n, pl.ds(i * self.rows, self.rows), :]
@@ -75,11 +84,19 @@ class _Tiles:
         return ref[self.b, self.n, pl.ds(i * self.rows, self.rows)]
 
     def key_block(self, ref: Any, j: Any, like: Any) -> Array:
-        place, batch = j, self.b
-        if self.refs.pages is not None:
-            place, batch = self.refs.pages[self.b, j], 0
-        block = ref[batch, self.n // self.group, pl.ds(place * self.cols, self.cols)]
-        return block.astype(like)
+        head, pages = self.n // self.group, self.refs.pages
+        if pages is None:
+            span = pl.ds(j * self.cols, self.cols)
+            if self.spec.heads_last:
+                return ref[self.b, span, head].astype(like)
+            return ref[self.b, head, span].astype(like)
+        if not self.spec.page:
+            return ref[0, head, pl.ds(pages[self.b, j] * self.cols, self.cols)].astype(like)
+        page = jnp.full((self.cols,), self.spec.page, jnp.int32)
+        position = j * self.cols + jax.lax.iota(jnp.int32, self.cols)
+        number = jnp.minimum(jax.lax.div(position, page), pages.shape[1] - 1)
+        place = pages[self.b, number] * page + jax.lax.rem(position, page)
+        return ref[0, head, place].astype(like)
 
     def leaf(self, number: int, i: Any, j: Any) -> Any:
         """The part of a leaf that belongs to tile (i, j): "rows cols", or a Table."""
@@ -152,6 +169,11 @@ def _forward_kernel(spec: Spec, tree: Any, splits: int, *refs: Any) -> None:
             at, inside = tiles.at(leaves, i, j)
             allowed = tile.allowed_pairs(spec, leaves, at, inside) if masked else None
             products = _dot(query, tiles.key_block(arrays.key, j, dtype), trans_b=True)
+            value = tiles.key_block(arrays.value, j, dtype)
+            if spec.isolated and masked:
+                products, value = tile.isolate(
+                    products, value, lambda bad: jnp.max(bad, axis=1)[None, :]
+                )
             scores = tile.evaluate(spec, leaves, products, at, allowed)
             if spec.program.shared:
                 new = jnp.maximum(top, jnp.max(scores, axis=1))
@@ -165,9 +187,7 @@ def _forward_kernel(spec: Spec, tree: Any, splits: int, *refs: Any) -> None:
             keep = tile.kept(spec, leaves, at)
             if keep is not None:
                 weights = weights * keep
-            if spec.scales is not None:
-                weights = weights * leaves[spec.scales[1]]
-            value = tiles.key_block(arrays.value, j, dtype)
+            weights = tile.scaled(spec, leaves, weights, allowed)
             return acc + _dot(weights.astype(dtype), value), top, total
 
         return act
@@ -201,6 +221,12 @@ def _row_kernel(spec: Spec, tree: Any, wanted: tuple[int, ...], *refs: Any) -> N
     rows = spec.block_sizes[0]
     query, d_out = tiles.query_block(arrays.query, i), tiles.query_block(d_out_ref, i)
     backward = _Backward(spec, tiles, wanted)
+    tables = [spec.leaves[number].table for number in wanted]
+    table_refs = [ref for ref, table in zip(d_leaf_refs, tables, strict=True) if table]
+    plain_refs = [ref for ref, table in zip(d_leaf_refs, tables, strict=True) if not table]
+    for ref in table_refs:
+        for entry in range(ref.shape[3]):
+            ref[b, n, i, entry] = jnp.float32(0)
 
     def step(masked: bool) -> Callable:
         def act(j: Any, state: Any) -> Any:
@@ -209,32 +235,43 @@ def _row_kernel(spec: Spec, tree: Any, wanted: tuple[int, ...], *refs: Any) -> N
             value = tiles.key_block(arrays.value, j, query.dtype)
             statistics = tiles.query_vector(lse_ref, i), tiles.query_vector(shift_ref, i)
             _, d_products, d_leaves = backward(i, j, masked, query, key, value, d_out, statistics)
-            totals = [t + part for t, part in zip(totals, d_leaves, strict=True)]
+            parts = [d for d, table in zip(d_leaves, tables, strict=True) if not table]
+            looks = [d for d, table in zip(d_leaves, tables, strict=True) if table]
+            for ref, found in zip(table_refs, looks, strict=True):
+                for index, d_found in found:
+                    _add_to_table(ref, (b, n, i), index, d_found)
+            totals = [t + part for t, part in zip(totals, parts, strict=True)]
+            if not spec.program.shared:
+                key = tile.clean(key)  # no log-sum-exp carries a NaN to its rows, the key did
             return d_query + _dot(d_products.astype(query.dtype), key), totals
 
         return act
 
-    start = [jnp.zeros(shape, jnp.float32) for shape in _row_parts(spec, arrays, wanted)]
+    start = [
+        jnp.zeros((rows,) if "t" in spec.leaves[number].axes else (), jnp.float32)
+        for number, table in zip(wanted, tables, strict=True)
+        if not table
+    ]
     state = (jnp.zeros(query.shape, jnp.float32), start)
     d_query, totals = tiles.walk(arrays.rows, i, step, state)
     span = pl.ds(i * rows, rows)
     d_query_ref[b, n, span, :] = d_query.astype(d_query_ref.dtype)
-    for ref, total in zip(d_leaf_refs, totals, strict=True):
-        where = span if total.ndim else i
-        ref[b, n, where] = total
+    for ref, total in zip(plain_refs, totals, strict=True):
+        ref[b, n, span if total.ndim else i] = total
 
 
-def _row_parts(spec: Spec, arrays: Arrays, wanted: Sequence[int]) -> list[tuple[int, ...]]:
-    """Shapes of what the row kernel sums for wanted leaves: one number, or one for each row.
+def _add_to_table(ref: Any, place: tuple[Any, ...], index: Array, d_found: Array) -> None:
+    """Add each pair's cotangent to the entry that was looked up, one entry after the other.
 
-    A table has as many as it has entries.
+    The place belongs to this program alone, so the order of the sum is always the same.
     """
-    shapes: list[tuple[int, ...]] = []
-    for number in wanted:
-        leaf = spec.leaves[number]
-        shape: tuple[int, ...] = (spec.block_sizes[0],) if "t" in leaf.axes else ()
-        shapes += [shape] * (arrays.leaves[number].shape[3] if leaf.table else 1)
-    return shapes
+
+    def one(entry: Any, _: Any) -> Any:
+        part = jnp.sum(jnp.sum(jnp.where(index == entry, d_found, 0.0), axis=1), axis=0)
+        plgpu.atomic_add(ref, (*place, entry), part)
+        return _
+
+    jax.lax.fori_loop(0, ref.shape[3], one, jnp.int32(0))
 
 
 class _Backward:
@@ -246,15 +283,18 @@ class _Backward:
     def __call__(
         self, i: Any, j: Any, masked: bool, query: Array, key: Array, value: Array, d_out: Array,
         statistics: tuple[Array, Array], reduce: bool = True,
-    ) -> tuple[Array, Array, list[Array]]:  # fmt: skip
-        """Weights that were used, cotangents of the products and of wanted leaves, summed."""
+    ) -> tuple[Array, Array, list[Any]]:  # fmt: skip
+        """Weights that were used, cotangents of the products and of wanted leaves, summed.
+
+        A table's are the look-ups and their cotangents, not yet summed.
+        """
         spec, tiles = self.spec, self.tiles
         lse, shift = (jnp.broadcast_to(x[:, None], spec.block_sizes) for x in statistics)
         leaves = tiles.leaves(i, j)
         at, inside = tiles.at(leaves, i, j)
         allowed = tile.allowed_pairs(spec, leaves, at, inside) if masked else None
         products = _dot(query, key, trans_b=True)
-        weights, pull = tile.pull_back(
+        weights, pull = tile.pull_back_looks(
             spec, leaves, products, at, allowed, tile.finite(lse), self.wanted
         )
         d_weights = _dot(d_out, value, trans_b=True)
@@ -267,11 +307,11 @@ class _Backward:
         d_products, d_leaves = pull(d_weights)
         if not reduce:
             return used, d_products, d_leaves
-        parts: list[Array] = []
+        parts: list[Any] = []
         for number, d_leaf in zip(self.wanted, d_leaves, strict=True):
             axes = spec.leaves[number].axes
-            if isinstance(d_leaf, tile.Table):
-                parts += [x[:, 0] if x.ndim else x for x in d_leaf.entries]
+            if spec.leaves[number].table:
+                parts.append(d_leaf)
             elif "t" in axes:
                 parts.append(jnp.sum(d_leaf, axis=1))
             elif "s" in axes:
@@ -362,8 +402,16 @@ def _pair_kernel(spec: Spec, tree: Any, number: int, sums: tuple[int, int], *ref
 def _call(kernel: Callable, grid: tuple[int, ...], inputs: Any, out: Any, name: str,
           interpret: Any, stages: int, warps: int) -> Any:  # fmt: skip
     flat, tree = jax.tree.flatten(inputs)
+
+    def traced(*refs: Any) -> None:
+        token = _interpreted.set(bool(interpret))
+        try:
+            kernel(tree, *refs)
+        finally:
+            _interpreted.reset(token)
+
     return pl.pallas_call(
-        functools.partial(kernel, tree),
+        traced,
         grid=grid,
         out_shape=out,
         interpret=bool(interpret),
@@ -380,7 +428,7 @@ def forward(
     The output is float32 where there are several parts, to be merged; else of the query's dtype.
     """
     batch, heads, rows, _ = arrays.query.shape
-    dtype = arrays.query.dtype if splits == 1 else jnp.float32
+    dtype = arrays.query.dtype if splits == 1 and not spec.part else jnp.float32
     out = (
         jax.ShapeDtypeStruct((splits, batch, heads, rows, arrays.value.shape[-1]), dtype),
         jax.ShapeDtypeStruct((splits, batch, heads, rows), jnp.float32),
@@ -390,11 +438,16 @@ def forward(
     def kernel(tree: Any, *refs: Any) -> None:
         _forward_kernel(spec, tree, splits, *refs)
 
-    return _call(kernel, grid, arrays, out, "flash_forward", interpret, 2, _warps(spec))
+    return _call(
+        kernel, grid, arrays, out, "flash_forward", interpret, 2, _warps(spec, arrays, False)
+    )
 
 
-def _warps(spec: Spec) -> int:
-    return 8 if spec.block_sizes[0] >= 128 else _WARPS
+def _warps(spec: Spec, arrays: Arrays, backward: bool) -> int:
+    return plan.triton_warps(
+        arrays.query.shape[-1], arrays.value.shape[-1], arrays.query.dtype.itemsize,
+        spec.block_sizes[0], backward, bool(spec.leaves),
+    )  # fmt: skip
 
 
 def backward(
@@ -415,23 +468,22 @@ def backward(
         for owner in ("row", "column", "pair")
     }
     gradients: dict[int, Array] = {}
+    warps = _warps(spec, arrays, True)
 
-    parts = _row_parts(spec, arrays, owned["row"])
     outs = [jax.ShapeDtypeStruct(arrays.query.shape, arrays.query.dtype)]
-    for shape in parts:
-        last = num_rows if shape else num_rows // rows
-        outs.append(jax.ShapeDtypeStruct((batch, heads, last), jnp.float32))
+    for number in owned["row"]:
+        leaf = spec.leaves[number]
+        blocks = num_rows if "t" in leaf.axes else num_rows // rows
+        entries = arrays.leaves[number].shape[3:] if leaf.table else ()
+        outs.append(jax.ShapeDtypeStruct((batch, heads, blocks, *entries), jnp.float32))
     d_query, *sums = _call(
         lambda tree, *refs: _row_kernel(spec, tree, owned["row"], *refs),
         (num_rows // rows, heads, batch), inputs, tuple(outs), "flash_rows", interpret, 2,
-        _WARPS,
+        warps,
     )  # fmt: skip
-    place = 0
-    for number in owned["row"]:
-        leaf, x = spec.leaves[number], arrays.leaves[number]
-        size = x.shape[3] if leaf.table else 1
-        part = jnp.stack(sums[place : place + size], -1)
-        place += size
+    for number, part in zip(owned["row"], sums, strict=True):
+        leaf = spec.leaves[number]
+        part = part if leaf.table else part[..., None]
         gradients[number] = part if "t" in leaf.axes else part.sum(2, keepdims=True)
 
     outs = [jax.ShapeDtypeStruct(x.shape, arrays.query.dtype) for x in (arrays.key, arrays.value)]
@@ -439,7 +491,7 @@ def backward(
     d_key, d_value, *sums = _call(
         lambda tree, *refs: _column_kernel(spec, tree, owned["column"], *refs),
         (num_cols // cols, shared, batch), inputs, tuple(outs), "flash_columns", interpret, 2,
-        _WARPS,
+        warps,
     )  # fmt: skip
     for number, total in zip(owned["column"], sums, strict=True):
         gradients[number] = total[:, :, None, :]
@@ -450,7 +502,7 @@ def backward(
         grid = (num_rows // rows * (num_cols // cols), x.shape[1], x.shape[0])
         gradients[number] = _call(
             functools.partial(_bind_pair, spec, number, over), grid, (inputs, live),
-            jax.ShapeDtypeStruct(x.shape, jnp.float32), "flash_pairs", interpret, 1, _WARPS,
+            jax.ShapeDtypeStruct(x.shape, jnp.float32), "flash_pairs", interpret, 1, warps,
         )  # fmt: skip
     return d_query, d_key, d_value, [gradients[i] for i in wanted]
 
