@@ -5,6 +5,7 @@
 #   make lab        open the chapters in JupyterLab
 #   make test       everything that must pass: ruff, mypy, pytest (PYTEST="-k masks" to narrow)
 #   make slow       the long tests as well
+#   make cuda       compile the kernels for GPUs that are not there (installs the CUDA plugin)
 #   make support    run the contract and refresh the book's support table
 #   make bench      print the benchmark tables
 #   make clean      remove what was built; make distclean: the environment too
@@ -31,7 +32,7 @@ export TPU_WORKER_HOSTNAMES ?= localhost
 export TPU_ACCELERATOR_TYPE ?= v5litepod-4
 endif
 
-.PHONY: help book html lab lint test slow support bench clean distclean
+.PHONY: help book html lab lint test slow cuda support bench clean distclean
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -71,6 +72,16 @@ test: lint
 
 slow: $(VENV)/.test-stamp
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
+
+# The CUDA compiler takes no GPU, but 4 GB of its own environment.
+$(VENV)-cuda/.stamp: pyproject.toml
+	@PYTHON="$(PYTHON)" bash book/tools/make_venv.sh $(VENV)-cuda
+	@bash book/tools/install.sh $(VENV)-cuda dev,cuda
+	@touch $@
+
+cuda: $(VENV)-cuda/.stamp
+	JAX_PLATFORMS=cpu $(VENV)-cuda/bin/python -m pytest -s tests/kernels/test_compiled_gpu.py \
+	  tests/kernels/test_inspect.py $(PYTEST)
 
 support: $(VENV)/.test-stamp
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/contract $(PYTEST)

@@ -126,7 +126,7 @@ def triton_warps(
         return 16 if width > 128 else 8
     if backward:
         return 8 if width > 64 or extras else 4
-    return 8 if rows >= 128 else 4
+    return 8 if rows >= 128 or width > 128 else 4
 
 
 def divide_blocks(block_sizes: tuple[int, int], mask_blocks: tuple[int, int]) -> tuple[int, int]:

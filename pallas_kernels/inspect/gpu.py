@@ -1,11 +1,12 @@
 """What the compiler makes of a Pallas kernel for a GPU that is not there.
 
 `lower_gpu` needs nothing but JAX.  `compile_gpu` needs the CUDA plugin (`attnlab[cuda]`), which
-brings XLA's GPU compiler, Mosaic GPU and ptxas; it needs no GPU and no driver.  Without a GPU set
-`JAX_PLATFORMS=cpu` before JAX starts, or the plugin gives up when it finds no device.
+brings XLA's GPU compiler, Mosaic GPU and the assembler; it needs no GPU and no driver.  Without a
+GPU set `JAX_PLATFORMS=cpu` before JAX starts, or the plugin gives up when it finds no device.
 
-Registers, stack and spills are ptxas's own words.  Static shared memory is ptxas's, dynamic shared
-memory what the launch asks for.  Kernels that XLA makes of fused operations are reported too.
+Registers, stack, spills and static shared memory are what the assembler says, dynamic shared
+memory is what the launch asks for.  Kernels that XLA makes of fused operations are listed too.
+What cannot be had: time, occupancy as launched, bank conflicts, traffic.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ import functools
 import importlib.util
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
-from pallas_kernels.inspect.fresh import compile_afresh, memory_of, placed
+from pallas_kernels.inspect.fresh import compile_afresh, memory_of, placed, the_one
 from pallas_kernels.inspect.ptx import GpuKernel, read_kernels
 
 EXTRA = "attnlab[cuda]"
@@ -37,7 +37,7 @@ class GpuKind:
     name: str
     device_kind: str  # how JAX names the device; tracing looks the architecture up by it
     cores: int
-    arch: str  # ptxas --gpu-name
+    arch: str  # as the assembler calls it
     shared_limit: int  # bytes of shared memory one block may ask for
     target: str
 
@@ -62,11 +62,8 @@ class GpuReport:
     memory: dict[str, int]
 
     def kernel(self, name: str) -> GpuKernel:
-        """The one kernel whose name contains `name`; KeyError if there is none or several."""
-        found = [kernel for kernel in self.kernels if name in kernel.name]
-        if len(found) != 1:
-            raise KeyError(f"{name!r} is in {len(found)} of {[k.name for k in self.kernels]}")
-        return found[0]
+        """The kernel so named, or the only one whose name contains `name`; else KeyError."""
+        return the_one(self.kernels, name)
 
     def __str__(self) -> str:
         head = f"{self.kind.name} ({self.kind.arch}) {self.memory}"
@@ -114,11 +111,11 @@ def plugin_path() -> Path | None:
     return next((so for r in roots for so in Path(r).glob("xla_cuda*/xla_cuda_plugin.so")), None)
 
 
-def _tool(name: str) -> str | None:
-    """A CUDA tool out of NVIDIA's wheels, else from PATH."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = (spec.submodule_search_locations or ()) if spec else ()
-    return next((str(t) for r in roots for t in Path(r).glob(f"*/bin/{name}")), shutil.which(name))
+def gpu_missing() -> str | None:
+    """Why programs cannot be compiled for a GPU here, or None if they can."""
+    if plugin_path() is None:
+        return f"the CUDA plugin is not installed: pip install '{EXTRA}' (no GPU needed)"
+    return None
 
 
 @functools.cache
@@ -129,10 +126,7 @@ def gpu_device(kind: str) -> jax.Device:
     """
     gpu, plugin = _kind(kind), plugin_path()
     if plugin is None:
-        raise ImportError(
-            f"compiling for {kind} needs the CUDA plugin: pip install '{EXTRA}' (no GPU needed); "
-            "lower_gpu works without it."
-        )
+        raise ImportError(f"compiling for {kind}: {gpu_missing()}; lower_gpu works without it.")
     with plugin.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
         # The targets lie in the library as C strings of protocol buffer text.
         name = blob.find(b'device_description_str: "%s"' % gpu.target.encode())
@@ -157,9 +151,6 @@ def compile_gpu(fn: Callable[..., Any], *shapes: Any, kind: str = "H100") -> Gpu
     Raises ImportError without the plugin; XLA's `JaxRuntimeError` where the compiler refuses.
     """
     gpu, device = _kind(kind), gpu_device(kind)
-    ptxas = _tool("ptxas")
-    if ptxas is None:
-        raise ImportError(f"ptxas not found; it comes with '{EXTRA}'.")
     with abstract_gpu(kind):
         jitted = jax.jit(lambda *arguments: fn(*arguments))
         lowered = jitted.lower(*placed(shapes, SingleDeviceSharding(device)))
@@ -185,6 +176,7 @@ def compile_gpu(fn: Callable[..., Any], *shapes: Any, kind: str = "H100") -> Gpu
         kernels = [
             kernel
             for path in sorted(here.rglob("*.ptx"))
-            for kernel in read_kernels(path, gpu.arch, ptxas, _tool("nvdisasm"), launches)
+            for kernel in read_kernels(path, gpu.arch, launches)
         ]
+    kernels.sort(key=lambda kernel: (kernel.name, kernel.code_bytes))
     return GpuReport(gpu, tuple(kernels), memory_of(compiled))

@@ -21,7 +21,7 @@ class TpuLoop:
     start: int
     bundles: int
     innermost: bool
-    units: dict[str, int]  # instructions a round, by unit of the core
+    units: dict[str, int]  # instructions a round, by unit of the core as libtpu names it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.inspect import tpu_worker
+from pallas_kernels.inspect.fresh import the_one
 from pallas_kernels.inspect.llo import LABELS, TpuKernel, read_kernel
 
 EXTRA = "attnlab[tpu]"
@@ -62,11 +63,8 @@ class TpuReport:
     memory: dict[str, int]
 
     def kernel(self, name: str) -> TpuKernel:
-        """The one kernel whose name contains `name`; KeyError if there is none or several."""
-        found = [kernel for kernel in self.kernels if name in kernel.name]
-        if len(found) != 1:
-            raise KeyError(f"{name!r} is in {len(found)} of {[k.name for k in self.kernels]}")
-        return found[0]
+        """The kernel so named, or the only one whose name contains `name`; else KeyError."""
+        return the_one(self.kernels, name)
 
     def __str__(self) -> str:
         return "\n  ".join((f"{self.kind.name} {self.memory}", *map(str, self.kernels)))
@@ -83,7 +81,7 @@ def _kind(name: str) -> TpuKind:
     return _KINDS[name]
 
 
-def libtpu_missing() -> str | None:
+def tpu_missing() -> str | None:
     """Why programs cannot be compiled for a TPU here, or None if they can."""
     if importlib.util.find_spec("libtpu") is None:
         return f"libtpu is not installed: pip install '{EXTRA}' (no TPU needed)"
@@ -114,9 +112,9 @@ def compile_tpu(fn: Callable[..., Any], *shapes: Any, kind: str = "v5e") -> TpuR
     does when VMEM overflows.
     """
     tpu = _kind(kind)
-    if missing := libtpu_missing():
+    if missing := tpu_missing():
         raise ImportError(f"compiling for {kind}: {missing}; lower_tpu works without it.")
-    module = lower_tpu(fn, *shapes, kind=kind).compiler_ir("stablehlo")
+    module: Any = lower_tpu(fn, *shapes, kind=kind).compiler_ir("stablehlo")
     with tempfile.TemporaryDirectory(prefix="attnlab-tpu-") as name:
         folder = Path(name)
         # With debug information, because that is where the names of the kernels are.

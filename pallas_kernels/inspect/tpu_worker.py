@@ -7,6 +7,7 @@ program.mlirbc; memory.json and program.txt, or refused.txt, are left there.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from jaxlib.mlir import ir
 
 def main(folder: Path, topology: str) -> int:
     """Compile; 0, or 3 when the compiler refuses."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    device: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     options = xla_client.CompileOptions()
     options.device_assignment = xla_client.DeviceAssignment.create(np.array([[device.id]]))
     module = ir.Module.parse((folder / "program.mlirbc").read_bytes(), mlir.make_ir_context())
