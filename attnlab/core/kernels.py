@@ -105,8 +105,6 @@ def kernel_limits(
     if call.normalizer.kind == "row":
         return f"streams over keys, which {type(call.normalizer).__name__} does not"
     limit = body(backend).limits(call.query, call.value)
-    if limit is None and block_sizes is not None:
-        limit = body(backend).block_limit(block_sizes)
     if limit:
         return str(limit)
     leaves = jax.tree.leaves((call.mask, call.modifiers, call.normalizer))
@@ -114,6 +112,10 @@ def kernel_limits(
         limit = leaf_limit(x, tag)
         if limit:
             return limit
+    for blocks in _block_sizes(call, backend, block_sizes):
+        limit = body(backend).block_limit(blocks)
+        if limit:
+            return str(limit)
     return _code_limit(call)
 
 
@@ -228,16 +230,23 @@ def kernel_attention(
     call: Call, backend: str, block_sizes: tuple[int, int] | None = None
 ) -> tuple[Array, Array]:
     """Attention by a fused kernel: output in the accumulator's dtype, and the log-sum-exp."""
-    module, kind = body(backend), device()[1]
+    forward, backward = _block_sizes(call, backend, block_sizes)
+    signature, x, aux = Signature.of(call, forward, backward)
+    return _solve(signature, backend, _interpret.get(), x, aux)
+
+
+def _block_sizes(
+    call: Call, backend: str, asked: tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The tiles of the forward and of the backward kernels."""
     blocks = []
     for backward in (False, True):
-        chosen = block_sizes or module.block_sizes(
+        chosen = asked or body(backend).block_sizes(
             call.query.shape[-1], call.value.shape[-1], call.query.dtype.itemsize, call.lengths,
-            backward, kind,
+            backward, device()[1],
         )  # fmt: skip
         blocks.append(_within(chosen, call))
-    signature, x, aux = Signature.of(call, blocks[0], blocks[1])
-    return _solve(signature, backend, _interpret.get(), x, aux)
+    return blocks[0], blocks[1]
 
 
 def _within(block_sizes: tuple[int, int], call: Call) -> tuple[int, int]:

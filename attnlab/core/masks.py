@@ -418,7 +418,7 @@ class Blocks(Mask):
         blocks = jnp.arange(num_blocks, dtype=index.dtype)
 
         def add(live: Array, one: Array) -> tuple[Array, None]:
-            return live | (one[..., None] == blocks), None
+            return live | (one[..., None] == blocks.reshape((1,) * one.ndim + (-1,))), None
 
         start = jnp.zeros((*index.shape[:-1], num_blocks), bool)
         return cls(jax.lax.scan(add, start, jnp.moveaxis(index, -1, 0))[0], block_sizes)
