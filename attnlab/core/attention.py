@@ -101,6 +101,7 @@ def attention(
         )
     normalizer = call.normalizer
     extra = normalizer.log_extra()
+    lse: Any  # None from tokamax, which serves no call that needs it
     if implementation in ("xla", "cudnn"):
         out, lse = library_attention(call, implementation)
         if return_lse or extra is not None:

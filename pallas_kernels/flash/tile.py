@@ -67,7 +67,8 @@ class _Probed:
 
     @classmethod
     def tree_unflatten(cls, looks: _Looks, children: Any) -> "_Probed":
-        return cls(*children, looks)
+        table, probes = children
+        return cls(table, probes, looks)
 
 
 @dataclasses.dataclass(frozen=True)
