@@ -13,9 +13,11 @@ from attnlab.core.partial import Partial
 from attnlab.core.scores import ScoreModifier
 
 if TYPE_CHECKING:
-    from attnlab import atlas
-    from attnlab.core.cache import KVCache
+    from attnlab import atlas, testing
+    from attnlab.core.cache import KVCache, PagedKVCache
+    from attnlab.core.decode import decode_attention
     from attnlab.core.modules import Mechanism, MultiHeadAttention
+    from attnlab.core.quantize import Quantized, quantization_error_bound, quantize
 
 __version__ = "0.1.0"
 
@@ -27,18 +29,24 @@ __all__ = [
     "Mechanism",
     "MultiHeadAttention",
     "Normalizer",
+    "PagedKVCache",
     "Paper",
     "Partial",
+    "Quantized",
     "ScoreModifier",
     "atlas",
     "attention",
     "block_sparse_attention",
+    "decode_attention",
     "dot_product_attention",
     "explain",
     "masks",
     "normalizers",
     "partial",
+    "quantization_error_bound",
+    "quantize",
     "scores",
+    "testing",
 ]
 
 # flax.nnx takes longer to import than the rest together; functions alone do not need it.
@@ -46,12 +54,17 @@ _LATER = {
     "KVCache": "attnlab.core.cache",
     "Mechanism": "attnlab.core.modules",
     "MultiHeadAttention": "attnlab.core.modules",
+    "PagedKVCache": "attnlab.core.cache",
+    "Quantized": "attnlab.core.quantize",
+    "decode_attention": "attnlab.core.decode",
+    "quantization_error_bound": "attnlab.core.quantize",
+    "quantize": "attnlab.core.quantize",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "atlas":
-        return importlib.import_module("attnlab.atlas")
+    if name in ("atlas", "testing"):
+        return importlib.import_module(f"attnlab.{name}")
     if name in _LATER:
         return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'attnlab' has no attribute {name!r}")

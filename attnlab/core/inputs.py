@@ -60,7 +60,7 @@ def prepare(
     if dropout_rate and dropout_key is None:
         raise ValueError(f"dropout_key: {dropout_rate=} needs a JAX random key, got None.")
     words = key_words(dropout_key) if dropout_rate else None
-    scale, modifiers = _check_scale(scale, query.shape[-1], modifiers)
+    scale, modifiers = check_scale(scale, query.shape[-1], modifiers)
     call = Call(
         heads_first(query), heads_first(key), heads_first(value), modifiers, normalizer, mask,
         _check_offset("query_offset", query_offset), _check_offset("key_offset", key_offset),
@@ -124,7 +124,8 @@ def _check_offset(name: str, offset: Any) -> Any:
     return int(offset) if isinstance(offset, int | np.integer) else offset
 
 
-def _check_scale(scale: Any, width: int, modifiers: Any) -> tuple[float, Any]:
+def check_scale(scale: Any, width: int, modifiers: Any) -> tuple[float, Any]:
+    """A scale as a number; one that is an array becomes the first modifier."""
     if scale is None:
         return default_scale(width), modifiers
     if isinstance(scale, int | float | np.floating):

@@ -47,6 +47,11 @@ def interpret() -> Iterator[None]:
         _interpret.reset(token)
 
 
+def interpreted() -> bool:
+    """Is this within `interpret()`?"""
+    return _interpret.get()
+
+
 def device() -> tuple[str, str]:
     """Platform and kind of the device that is traced for: an abstract mesh's, else the default."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -60,7 +65,7 @@ def device() -> tuple[str, str]:
 
 def missing(backend: str) -> str | None:
     """Why a backend cannot run on the present device, or None."""
-    if _interpret.get():
+    if interpreted():
         return None
     platform, kind = device()
     if backend == "tpu":
@@ -102,6 +107,18 @@ def kernel_limits(
     call: Call, backend: str, block_sizes: tuple[int, int] | None = None
 ) -> str | None:
     """What keeps a kernel from serving a call, or None."""
+    limit = term_limits(call, backend)
+    if limit:
+        return limit
+    for blocks in _block_sizes(call, backend, block_sizes):
+        limit = body(backend).block_limit(blocks)
+        if limit:
+            return str(limit)
+    return None
+
+
+def term_limits(call: Call, backend: str) -> str | None:
+    """What keeps a kernel from evaluating the terms of a call, whatever its tiles, or None."""
     if call.normalizer.kind == "row":
         return f"streams over keys, which {type(call.normalizer).__name__} does not"
     limit = body(backend).limits(call.query, call.value)
@@ -112,10 +129,6 @@ def kernel_limits(
         limit = leaf_limit(x, tag)
         if limit:
             return limit
-    for blocks in _block_sizes(call, backend, block_sizes):
-        limit = body(backend).block_limit(blocks)
-        if limit:
-            return str(limit)
     return _code_limit(call)
 
 
@@ -232,7 +245,7 @@ def kernel_attention(
     """Attention by a fused kernel: output in the accumulator's dtype, and the log-sum-exp."""
     forward, backward = _block_sizes(call, backend, block_sizes)
     signature, x, aux = Signature.of(call, forward, backward)
-    return _solve(signature, backend, _interpret.get(), x, aux)
+    return _solve(signature, backend, interpreted(), x, aux)
 
 
 def _block_sizes(
