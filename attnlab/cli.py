@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from attnlab.bench import BENCHMARKS
+
 app = typer.Typer(
     name="attnlab",
     help="The laboratory of attention: look mechanisms up, train with them, measure them.",
@@ -23,7 +25,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _settings = {"debug": False}
-BENCHMARKS = ("memory", "time", "window", "train")
 
 
 @app.callback()
@@ -358,11 +359,19 @@ def doctor() -> None:
 
 @command("bench")
 def bench(
-    name: Annotated[str, typer.Argument(help="memory, time, window, train, or all.")] = "all",
+    name: Annotated[
+        str, typer.Argument(help="memory, time, window, train, flash, or all.")
+    ] = "all",
     save: Annotated[Path | None, typer.Option(help="Folder for the tables, as JSON.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds.")] = False,
+    case: Annotated[str | None, typer.Option(help="flash: one case, such as alibi.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="flash: such as 1024,4096.")] = None,
+    widths: Annotated[str | None, typer.Option(help="flash: of heads, such as 64,128.")] = None,
+    compile_for: Annotated[
+        str | None, typer.Option(help="flash: a TPU to compile for, such as v5e; nothing runs.")
+    ] = None,
 ) -> None:
-    """Measure memory, time, windows and training against peers, in the same run.
+    """Measure memory, time, windows, training and fused attention against peers, in the same run.
 
     Exit code 1 where a target was missed.
     """
@@ -370,13 +379,26 @@ def bench(
 
     if name not in (*BENCHMARKS, "all"):
         raise ValueError(f"bench: {name!r} is none of {', '.join(BENCHMARKS)}, all.")
+    options: dict[str, Any] = {"case": case, "compile_for": compile_for}
+    for option, text in (("lengths", lengths), ("widths", widths)):
+        options[option] = None if text is None else _numbers(option, text)
+    options = {option: value for option, value in options.items() if value is not None}
+    if options and name != "flash":
+        raise ValueError(f"--{next(iter(options)).replace('_', '-')}: is for bench flash only.")
     missed = []
     for each in BENCHMARKS if name == "all" else (name,):
-        result = importlib.import_module(f"attnlab.bench.{each}").run(save=save, quick=quick)
-        if result.passed is False:
+        run = importlib.import_module(f"attnlab.bench.{each}").run
+        if run(save=save, quick=quick, **options).passed is False:
             missed.append(each)
     if missed:
         _fail(f"targets missed: {', '.join(missed)}", 1)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"--{option}: expected numbers like 1024,4096, got {text!r}.") from None
 
 
 @command("book")

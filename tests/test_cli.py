@@ -269,8 +269,11 @@ def test_benchmarks_are_run_by_name_and_missed_targets_are_told(monkeypatch, tmp
     monkeypatch.setattr("importlib.import_module", module)
     run(f"bench memory --quick --save {tmp_path}")
     assert asked == [("attnlab.bench.memory", tmp_path, True)]
+    del asked[:]
     assert "targets missed: window" in one_line_error("bench", 1)
-    assert len(asked) == 5
+    assert [name for name, *_ in asked] == [f"attnlab.bench.{name}" for name in cli.BENCHMARKS]
+    assert "--compile-for: is for bench flash" in one_line_error("bench memory --compile-for v4")
+    assert "--widths: expected numbers like" in one_line_error("bench flash --widths 64,x")
 
 
 def test_the_book_is_built_in_a_checkout_and_else_its_address_is_told(monkeypatch, tmp_path):

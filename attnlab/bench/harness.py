@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Candidates = Mapping[str, Callable[[], Any]]
@@ -183,7 +184,7 @@ class Result:
         console.print(describe(self.machine), style="dim", highlight=False)
         console.print(table)
         for note in self.notes:
-            console.print(note, style="dim", highlight=False)
+            console.print(note, style="dim", highlight=False, markup=False)
 
     def to_json(self) -> dict[str, Any]:
         """Everything in it, as plain data."""
@@ -226,7 +227,7 @@ def _is_number(cell: Any) -> bool:
 def _text(cell: Any) -> str:
     if cell is None:
         return ""
-    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+    return f"{cell:.3g}" if isinstance(cell, float) else escape(str(cell))
 
 
 def _as_plain(x: Any) -> Any:
