@@ -200,12 +200,17 @@ def block_sparse_attention(
       mask: narrows what the lists allow.
       options: as for `attention`.
 
+    Returns:
+      "*B T N D", or with the log-sum-exp "*B N T", as `attention` does.
+
     Raises:
+      TypeError: as for `attention`.
       ValueError: a block that is not -1 and not one of the ceil(S / block_sizes[1]) key blocks
         (under `jit` numbers are not known; one out of range meets nothing), or shapes that do not
         fit.
     """
-    num_blocks = -(-key.shape[-3] // block_sizes[1])
+    check_inputs(query, key, value)
+    num_blocks = -(-key.shape[-3] // max(block_sizes[1], 1))  # sizes below 1 are refused next
     blocks: Mask = Blocks.from_lists(index, num_blocks, block_sizes)
     if mask is not None:
         blocks = blocks & as_mask(mask)
