@@ -6,6 +6,8 @@ import pathlib
 
 ROOMS = {
     "core": ("The core", "attnlab/core", "The four choices and the algebra; knows no paper."),
+    "testing": ("Testing", "attnlab/testing", "Masks, modifiers and normalizers of your own."),
+    "kernels": ("Kernels", "pallas_kernels", "Fused kernels, usable alone; the compile lab."),
     "models": ("Models", "attnlab/models", "Small whole models that mechanisms plug into."),
     "tasks": ("Tasks", "attnlab/tasks", "Data: real text, and the field's synthetic tasks."),
     "training": ("Training", "attnlab/training", "The loop, the optimiser, checkpoints."),

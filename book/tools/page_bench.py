@@ -17,7 +17,8 @@ def pages(root: pathlib.Path) -> dict[str, str]:
 
 HEAD = """# What it costs
 
-Measured by `attnlab bench`, printed above the table on which machine, and kept as it came out.
+Measured by `attnlab bench`, printed above the table on which machine, and kept as it came out; a
+table whose title says "compiled for" was counted by a compiler, and nothing in it was timed.
 Run the same command to have the numbers of your own machine.
 
 """
@@ -25,7 +26,8 @@ Run the same command to have the numbers of your own machine.
 
 def section(record: dict, path: pathlib.Path) -> str:
     """One record: its title, the machine, the table, and the command that makes it again."""
-    name = path.stem
+    name, _, kind = path.stem.partition("-")
+    command = f"{name} --compile-for {kind}" if kind else name
     title = record.get("title", name.capitalize())
     machine = record.get("machine", {})
     where = ", ".join(f"{name} {value}" for name, value in machine.items())
@@ -33,7 +35,7 @@ def section(record: dict, path: pathlib.Path) -> str:
     notes = [notes] if isinstance(notes, str) else notes
     return "\n".join(
         [f"## {title}", "", f"*{where}*" if where else "", "", *tables(record), "",
-         *(f"- {note}" for note in notes), "", f"`attnlab bench {name}`", ""]
+         *(f"- {note}" for note in notes), "", f"`attnlab bench {command}`", ""]
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def report_of(implementation, kind, width, dtype, options):
     return kernels
 
 
-@pytest.mark.parametrize("kind", ["A100", "H100", "H200"])
+@pytest.mark.parametrize("kind", ["A100", "H100", "H200", "B200"])
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_triton_spills_nothing_when_causal(kind, width):
     kernels = report_of("triton", kind, width, jnp.bfloat16, CASES["causal"])
