@@ -174,7 +174,7 @@ def _column_body(plan: _Plan, tree: Any, *refs: Any) -> None:
     inputs, (*outs, buffers, barriers) = refs[: tree.num_leaves], refs[tree.num_leaves :]
     arrays, d_out_ref, lse_ref, shift_ref, blemish_ref = jax.tree.unflatten(tree, inputs)
     k_smem, v_smem, q_smem, o_smem, lse_smem, shift_smem = buffers
-    k_ready, *pairs = barriers
+    k_ready, pair = barriers
     spec, team, rows, dtype = plan.spec, plan.team, plan.size, arrays.query.dtype
     j, shared, b = (jax.lax.axis_index(name) for name in ("columns", "heads", "batch"))
     group = arrays.query.shape[1] // arrays.key.shape[1]
@@ -189,27 +189,21 @@ def _column_body(plan: _Plan, tree: Any, *refs: Any) -> None:
         plgpu.copy_gmem_to_smem(arrays.value.at[place], value, k_ready.at[wg])
     targets = [outs.pop(0) if wish else None for wish in (plan.with_key, plan.with_value)]
 
-    def feeds(n: Any, walk: Walk, done: Any) -> list[Feed]:
-        def feed(pair: Any, sources: Any, buffers: Any) -> Feed:
-            def copies(piece: Any) -> list[tuple[Any, Any]]:
-                span = pl.ds(piece * rows, rows)
-                return [(x.at[b, n, span], y) for x, y in zip(sources, buffers, strict=True)]
-
-            return Feed(team, Ring(plan.stages, *pair), walk, copies, done)
-
-        with_shift = [(shift_ref,), (shift_smem,)] if plan.with_key else [(), ()]
-        return [
-            feed(pairs[0], (arrays.query, lse_ref), (q_smem, lse_smem)),
-            feed(pairs[1], (d_out_ref, *with_shift[0]), (o_smem, *with_shift[1])),
-        ]
+    sources = [(arrays.query, q_smem), (d_out_ref, o_smem), (lse_ref, lse_smem)]
+    if plan.with_key:
+        sources.append((shift_ref, shift_smem))
 
     def one_head(member: Any, state: Any) -> Any:
         done, d_key, d_value = state
         n = shared * group + member
         walk = Walk(arrays.rows, b, n, j, pieces)  # this kernel's rows are columns
-        queries, d_outs = feeds(n, walk, done)
-        queries.start()
-        d_outs.start()
+
+        def copies(piece: Any) -> list[tuple[Any, Any]]:
+            span = pl.ds(piece * rows, rows)
+            return [(x.at[b, n, span], buffer) for x, buffer in sources]
+
+        feed = Feed(team, Ring(plan.stages, *pair), walk, copies, done)
+        feed.start()
         steady = cut.steady_parts(arrays.leaves, b, n, "s", col)
 
         def step(masked: bool) -> Callable:
@@ -218,8 +212,7 @@ def _column_body(plan: _Plan, tree: Any, *refs: Any) -> None:
             def act(number: Any, piece: Any, state: Any) -> Any:
                 d_key, d_value, totals = state
                 row = piece * rows
-                slot = queries.wait(number)
-                d_outs.wait(number)
+                slot = feed.wait(number)
                 query, d_out = q_smem.at[slot], o_smem.at[slot]
                 operands = [(key, query.transpose((1, 0)))]
                 if plan.with_key:
@@ -243,8 +236,7 @@ def _column_body(plan: _Plan, tree: Any, *refs: Any) -> None:
                     sums.append(d_key)
                     operands.append((d_products.astype(dtype), query))
                 sums = hopper.multiply_add(sums, operands, plan.interpret)
-                queries.release(slot)
-                d_outs.release(slot)
+                feed.release(slot)
                 d_value = sums.pop(0) if plan.with_value else None
                 d_key = sums.pop(0) if plan.with_key else None
                 return d_key, d_value, totals
@@ -367,9 +359,10 @@ class _Launches:
         self.plain = hopper.is_plain(spec, hopper.as_stored(spec, arrays.leaves, False))
         # Registers hold sums as wide as keys or values beside scores as wide as a step.
         self.wide = sum(self.widths) > 256
+        broad = sum(self.widths) > 192
         fine = self.wide or hopper.is_heavy(spec)
-        self.row_step = M // 2 if fine else M
-        self.column_step = M // 2 if fine or (not self.plain and sum(self.widths) > 192) else M
+        self.row_step = M // 2 if fine or (broad and not self.plain) else M
+        self.column_step = M // 2 if fine or broad else M
 
     def operands(self, count: int, rows: int, step: int) -> list[Any]:
         # Half as wide as usual where a step has half as many rows: wgmma's blocks are square.
@@ -460,7 +453,7 @@ class _Launches:
         copies = 2 if with_key else 1
         barriers = [
             plgpu.Barrier(num_arrivals=copies, num_barriers=team.readers),
-            *hopper.ring_barriers(stages, team.readers, (2, copies)),
+            *hopper.ring_barriers(stages, team.readers, (2 + copies,)),
         ]
         wishes = ((self.arrays.key, with_key), (self.arrays.value, with_value))
         out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, wish in wishes if wish]

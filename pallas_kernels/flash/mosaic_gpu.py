@@ -201,9 +201,12 @@ def forward(
     dtype = arrays.query.dtype
     arrays = arrays._replace(leaves=hopper.as_stored(spec, arrays.leaves, False), columns=None)
     plain = hopper.is_plain(spec, arrays.leaves)
-    narrow = max(key_width, value_width) <= 128
-    team = Team(rows // M, fetcher=plain and narrow and rows > M)
-    cols = min(block_cols, 2 * M if narrow and not hopper.is_heavy(spec) else M)
+    width = max(key_width, value_width)
+    by_pair = any(hopper.tile_axes(leaf.axes) for leaf in spec.leaves)
+    # Beside a fetcher there are 168 registers: enough for narrow heads without arrays by pair.
+    team = Team(rows // M, fetcher=plain and width <= 64 and not by_pair and rows > M)
+    long = width <= (64 if by_pair else 128) and not hopper.is_heavy(spec)
+    cols = min(block_cols, 2 * M if long else M)
     final = splits == 1 and not spec.part
     own_buffer = final and value_width != key_width
     resident = rows * (key_width + own_buffer * value_width) * dtype.itemsize
