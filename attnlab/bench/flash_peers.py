@@ -279,13 +279,12 @@ def pallas_flash(case: Case, dtype: Any) -> Subject:
 
     def attend(query: Array, key: Array, value: Array, extra: Any) -> Array:
         bias, ids = extra
-        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+        # Its own scale would multiply the bias too.
+        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * scale, key, value))
         if bias is not None:
             bias = jnp.broadcast_to(bias, (query.shape[0], *bias.shape[1:]))
         segments = None if ids is None else flash.SegmentIds(ids, ids)
-        out = flash.flash_attention(
-            query, key, value, bias, segments, causal=case.causal, sm_scale=scale
-        )
+        out = flash.flash_attention(query, key, value, bias, segments, causal=case.causal)
         return jnp.swapaxes(out, 1, 2)
 
     return Subject(attend, (written_bias(case, dtype), ids))
