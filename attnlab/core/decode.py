@@ -24,14 +24,11 @@ from jaxtyping import Array
 
 from attnlab.core.decode_fold import fold_parts
 from attnlab.core.decode_memory import DecodeCall, Memory, cut_terms, memory_of, prefix_of
-from attnlab.core.inputs import check_scale
+from attnlab.core.inputs import check_scale, check_terms
 from attnlab.core.kernels import BACKENDS, device, interpreted, missing
-from attnlab.core.masks import Full, as_mask, check_mask
 from attnlab.core.normalizers import Normalizer, Softmax
 from attnlab.core.partial import finish, merge
 from attnlab.core.reference import heads_first, join_extra
-from attnlab.core.scores import as_modifiers
-from attnlab.core.terms import axes_of, check_leaves
 
 DECODE_IMPLEMENTATIONS = ("blockwise", *BACKENDS)
 
@@ -162,19 +159,7 @@ def decode_attention(
     shared = None if prefix is None else prefix_of(prefix, query, memory)
     start = 0 if shared is None else shared.num_keys
     sizes = {"N": heads, "T": query.shape[-3], "S": start + memory.num_keys}
-    mask = Full() if mask is None else as_mask(mask)
-    check_mask(mask, batch, sizes)
-    modifiers = as_modifiers(modifiers)
-    check_leaves("modifiers", modifiers, axes_of(modifiers), batch, sizes)
-    normalizer = Softmax() if normalizer is None else normalizer
-    if not isinstance(normalizer, Normalizer):
-        raise TypeError(f"normalizer: expected a Normalizer, got {type(normalizer).__name__}.")
-    check_leaves("normalizer", normalizer, normalizer.axes(), batch, sizes)
-    if return_lse and normalizer.kind != "shared":
-        raise ValueError(
-            f"return_lse: {type(normalizer).__name__} has no normalizing sum; "
-            "use a softmax-like normalizer."
-        )
+    mask, modifiers, normalizer = check_terms(mask, modifiers, normalizer, batch, sizes, return_lse)
     if normalizer.kind == "row":
         raise NotImplementedError(
             f"decode_attention streams over keys, which {type(normalizer).__name__} does not; "

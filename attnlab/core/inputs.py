@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array
 
 from attnlab.core.dropout import key_words
-from attnlab.core.masks import Full, as_mask, check_mask
+from attnlab.core.masks import Full, Mask, as_mask, check_mask
 from attnlab.core.normalizers import Normalizer, Softmax
 from attnlab.core.reference import Call, default_scale, heads_first
 from attnlab.core.scores import Temperature, as_modifiers
@@ -38,19 +38,7 @@ def prepare(
             f'implementation: expected "auto" or one of {", ".join(IMPLEMENTATIONS)}, '
             f"got {implementation!r}."
         )
-    mask = Full() if mask is None else as_mask(mask)
-    check_mask(mask, batch, sizes)
-    modifiers = as_modifiers(modifiers)
-    check_leaves("modifiers", modifiers, axes_of(modifiers), batch, sizes)
-    normalizer = Softmax() if normalizer is None else normalizer
-    if not isinstance(normalizer, Normalizer):
-        raise TypeError(f"normalizer: expected a Normalizer, got {type(normalizer).__name__}.")
-    check_leaves("normalizer", normalizer, normalizer.axes(), batch, sizes)
-    if return_lse and normalizer.kind != "shared":
-        raise ValueError(
-            f"return_lse: {type(normalizer).__name__} has no normalizing sum; "
-            "use a softmax-like normalizer."
-        )
+    mask, modifiers, normalizer = check_terms(mask, modifiers, normalizer, batch, sizes, return_lse)
     if block_sizes is not None:
         good = isinstance(block_sizes, tuple) and len(block_sizes) == 2
         if not good or any(not isinstance(b, int) or b < 1 for b in block_sizes):
@@ -122,6 +110,27 @@ def _check_offset(name: str, offset: Any) -> Any:
     if jnp.ndim(offset):
         raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(offset)}.")
     return int(offset) if isinstance(offset, int | np.integer) else offset
+
+
+def check_terms(
+    mask: Any, modifiers: Any, normalizer: Any, batch: tuple[int, ...], sizes: dict[str, int],
+    return_lse: bool,
+) -> tuple[Mask, tuple[Any, ...], Normalizer]:  # fmt: skip
+    """Mask, modifiers and normalizer, defaults filled in, checked against the sizes of a call."""
+    mask = Full() if mask is None else as_mask(mask)
+    check_mask(mask, batch, sizes)
+    modifiers = as_modifiers(modifiers)
+    check_leaves("modifiers", modifiers, axes_of(modifiers), batch, sizes)
+    normalizer = Softmax() if normalizer is None else normalizer
+    if not isinstance(normalizer, Normalizer):
+        raise TypeError(f"normalizer: expected a Normalizer, got {type(normalizer).__name__}.")
+    check_leaves("normalizer", normalizer, normalizer.axes(), batch, sizes)
+    if return_lse and normalizer.kind != "shared":
+        raise ValueError(
+            f"return_lse: {type(normalizer).__name__} has no normalizing sum; "
+            "use a softmax-like normalizer."
+        )
+    return mask, modifiers, normalizer
 
 
 def check_scale(scale: Any, width: int, modifiers: Any) -> tuple[float, Any]:

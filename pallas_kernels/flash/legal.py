@@ -4,15 +4,15 @@ User code is arbitrary `jax.numpy`; Mosaic GPU lowers fewer primitives than XLA.
 or equally accurate expression in those it has is rewritten, everything else is refused by name.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from pallas_kernels.flash.rewrite import evaluate, rewritten
 
 # What Mosaic GPU lowers for whole warpgroups, as of JAX 0.12 (0.11 has no fewer of these).
 _LOWERED = frozenset(
@@ -125,41 +125,7 @@ def legal(function: Callable) -> Callable:
       NotImplementedError: a primitive that is neither lowered nor rewritten.
     """
 
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        flat, tree = jax.tree.flatten(args)
-        closed, shape = jax.make_jaxpr(
-            lambda *flat: function(*jax.tree.unflatten(tree, flat)), return_shape=True
-        )(*flat)
-        out = _evaluate(closed.jaxpr, closed.consts, flat)
-        return jax.tree.unflatten(jax.tree.structure(shape), out)
-
-    return run
-
-
-def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(x: Any) -> Any:
-        return x.val if hasattr(x, "val") else values[x]
-
-    for eqn in _needed(jaxpr):
-        inputs = [read(x) for x in eqn.invars]
-        out = _apply(eqn, inputs)
-        values.update(zip(eqn.outvars, out, strict=True))
-    return [read(x) for x in jaxpr.outvars]
-
-
-def _needed(jaxpr: Any) -> list[Any]:
-    """The equations that outputs depend on, or that have effects."""
-    wanted = {x for x in jaxpr.outvars if not hasattr(x, "val")}
-    kept = []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or wanted.intersection(eqn.outvars):
-            kept.append(eqn)
-            wanted.update(x for x in eqn.invars if not hasattr(x, "val"))
-    return kept[::-1]
+    return rewritten(function, _apply)
 
 
 def _apply(eqn: Any, inputs: list[Any]) -> list[Any]:
@@ -167,8 +133,7 @@ def _apply(eqn: Any, inputs: list[Any]) -> list[Any]:
     inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
     if inner is not None and name not in ("scan", "while", "cond"):
         # Calls are inlined; derivatives have been taken by now, so custom rules play no part.
-        jaxpr = getattr(inner, "jaxpr", inner)
-        return _evaluate(jaxpr, getattr(inner, "consts", ()), inputs)
+        return evaluate(inner, getattr(inner, "consts", ()), inputs, _apply)
     if name == "broadcast_in_dim" and jnp.ndim(inputs[0]) == 0:
         # jax.numpy spreads a scalar over an array of rank 2 and size 1 first, which Mosaic cannot
         # spread further without a long search: such an array stays a scalar here.

@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels.flash.problem import Leaf, Spec
-
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+from pallas_kernels.flash.threefry import threefry_2x32
 
 
 @jax.tree_util.register_pytree_node_class
@@ -255,18 +254,6 @@ def kept(spec: Spec, leaves: list[Any], at: TileAt) -> Array | None:
     def word(x: Array) -> Array:
         return x.astype(jnp.uint32)
 
-    bits = _threefry(first, second, word(at.query), word(at.key))
+    bits, _ = threefry_2x32((first, second), (word(at.query), word(at.key)))
     threshold = np.uint32(min(round(spec.dropout_rate * 2**32), 2**32 - 1))
     return jnp.where(bits >= threshold, 1 / (1 - spec.dropout_rate), 0.0).astype(jnp.float32)
-
-
-def _threefry(first: Array, second: Array, x: Array, y: Array) -> Array:
-    schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
-    x, y = x + schedule[0], y + schedule[1]
-    for block in range(5):
-        for bits in _ROTATIONS[block % 2]:
-            x = x + y
-            y = x ^ ((y << np.uint32(bits)) | (y >> np.uint32(32 - bits)))
-        x = x + schedule[(block + 1) % 3]
-        y = y + schedule[(block + 2) % 3] + np.uint32(block + 1)
-    return x

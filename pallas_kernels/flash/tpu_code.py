@@ -4,12 +4,14 @@ User code is arbitrary `jax.numpy`; a few primitives that it comes to have no lo
 expression in others that have.  Derivatives are taken before, so that custom rules are honoured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.flash.rewrite import evaluate, rewritten
 
 # Calls of other code that nothing but inlining would lower.
 _CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint",
@@ -60,42 +62,24 @@ def lowered(function: Callable) -> Callable:
       NotImplementedError: an array is captured instead of being an argument.
     """
 
-    def run(*args: Any) -> Any:
-        flat, tree = jax.tree.flatten(args)
-        closed, shape = jax.make_jaxpr(
-            lambda *flat: function(*jax.tree.unflatten(tree, flat)), return_shape=True
-        )(*flat)
-        for x in closed.consts:
-            if jnp.ndim(x) and not isinstance(x, jax.core.Tracer):
-                raise NotImplementedError(
-                    f'implementation="tpu" cannot compile code that captures an array, here of '
-                    f"shape {jnp.shape(x)}; make it a parameter of the mask or modifier, or use "
-                    'implementation="blockwise".'
-                )
-        out = _evaluate(closed.jaxpr, closed.consts, flat)
-        return jax.tree.unflatten(jax.tree.structure(shape), out)
-
-    return run
+    return rewritten(function, _apply, _refuse_arrays)
 
 
-def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(x: Any) -> Any:
-        return x.val if hasattr(x, "val") else values[x]
-
-    for equation in jaxpr.eqns:
-        inputs = [read(x) for x in equation.invars]
-        values.update(zip(equation.outvars, _apply(equation, inputs), strict=True))
-    return [read(x) for x in jaxpr.outvars]
+def _refuse_arrays(consts: Sequence[Any]) -> None:
+    for x in consts:
+        if jnp.ndim(x) and not isinstance(x, jax.core.Tracer):
+            raise NotImplementedError(
+                f'implementation="tpu" cannot compile code that captures an array, here of '
+                f"shape {jnp.shape(x)}; make it a parameter of the mask or modifier, or use "
+                'implementation="blockwise".'
+            )
 
 
 def _apply(equation: Any, inputs: list[Any]) -> list[Any]:
     name, params = equation.primitive.name, equation.params
     if name in _CALLS:
         inner = params.get("jaxpr", params.get("call_jaxpr"))
-        return _evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
+        return evaluate(inner, getattr(inner, "consts", ()), inputs, _apply)
     if name == "select_n" and equation.outvars[0].aval.dtype == jnp.bool_ and len(inputs) == 3:
         # Registers of booleans cannot be selected from.
         which, otherwise, chosen = inputs
