@@ -14,8 +14,6 @@ from typing import Annotated, Any
 
 import typer
 
-from attnlab.bench import BENCHMARKS
-
 app = typer.Typer(
     name="attnlab",
     help="The laboratory of attention: look mechanisms up, train with them, measure them.",
@@ -376,6 +374,8 @@ def bench(
     Exit code 1 where a target was missed.
     """
     import importlib
+
+    from attnlab.bench import BENCHMARKS
 
     if name not in (*BENCHMARKS, "all"):
         raise ValueError(f"bench: {name!r} is none of {', '.join(BENCHMARKS)}, all.")

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import attnlab
-from attnlab import atlas, cli, display, doctor
+from attnlab import atlas, bench, cli, display, doctor
 from attnlab.training.checkpoint import CheckpointError
 
 TEXT = "the cat sat on the mat and the rat sat on the cat; " * 40
@@ -271,7 +271,7 @@ def test_benchmarks_are_run_by_name_and_missed_targets_are_told(monkeypatch, tmp
     assert asked == [("attnlab.bench.memory", tmp_path, True)]
     del asked[:]
     assert "targets missed: window" in one_line_error("bench", 1)
-    assert [name for name, *_ in asked] == [f"attnlab.bench.{name}" for name in cli.BENCHMARKS]
+    assert [name for name, *_ in asked] == [f"attnlab.bench.{name}" for name in bench.BENCHMARKS]
     assert "--compile-for: is for bench flash" in one_line_error("bench memory --compile-for v4")
     assert "--widths: expected numbers like" in one_line_error("bench flash --widths 64,x")
 

@@ -103,7 +103,10 @@ def send(x: Array, buffer: Any, target: Any) -> None:
 
 def store(x: Array, target: Any) -> None:
     """Store registers to global memory as they lie."""
-    plgpu.store(target, x, optimized=False)
+    if hasattr(plgpu, "store"):
+        plgpu.store(target, x, optimized=False)
+    else:  # JAX 0.11
+        target[...] = x
 
 
 # -- tiles in registers --------------------------------------------------------------------------
