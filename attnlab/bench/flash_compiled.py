@@ -167,6 +167,7 @@ def run(
     title = f"Compiled for a TPU {kind}, bfloat16: counted by the compiler and by us, not measured"
     notes = (
         "bundles: of each kernel's longest innermost loop; spills: stores / loads of all kernels.",
+        "attnlab's loops hold a tile with and without its mask, of which a round runs one.",
         "ms ≥: operations on live pairs and least bytes, over the chip's stated limits.",
     )
     return finish(Result(f"flash-{kind}", title, tuple(rows()), notes), save)

@@ -9,11 +9,14 @@ the next `make html` shows it here.
 
 
 def pages(root: pathlib.Path) -> dict[str, str]:
-    """`bench.md`."""
-    records = sorted((root / "book" / "data" / "bench").glob("*.json"))
+    """`bench.md`: what was measured first, then what was counted by compilers."""
+    records = (root / "book" / "data" / "bench").glob("*.json")
+    records = sorted(records, key=lambda path: ("-" in path.stem, path.stem))
     parts = [section(json.loads(path.read_text("utf-8")), path) for path in records]
     return {"bench.md": HEAD + ("\n".join(parts) or MISSING)}
 
+
+LONG = 30  # rows
 
 HEAD = """# What it costs
 
@@ -40,15 +43,29 @@ def section(record: dict, path: pathlib.Path) -> str:
 
 
 def tables(record: dict) -> list[str]:
-    """The rows of a record as Markdown, each with its target and whether it was met."""
-    rows = record["rows"]
-    columns = list(dict.fromkeys(name for row in rows for name in row["cells"]))
-    out = ["", bars([*columns, "target", ""]), bars(["--:"] * (len(columns) + 2))]
+    """The rows of a record as Markdown, each with its target and whether it was met.
+
+    What is the same in all rows is said once; a long table is shut until it is asked for.
+    """
     marks = {True: "✓", False: "✗", None: ""}
-    for row in rows:
-        cells = [row["cells"].get(name, "") for name in columns]
-        out.append(bars([*cells, row["target"], marks[row["passed"]]]))
-    return out
+    rows = [
+        {**row["cells"], "target": row["target"], "": marks[row["passed"]]}
+        for row in record["rows"]
+    ]
+    found = dict.fromkeys(name for row in rows for name in row)
+    last = [name for name in ("note", "target", "") if name in found]
+    columns = [name for name in found if name not in last] + last
+    values = {name: {row.get(name, "") for row in rows} for name in columns}
+    same = {name for name in columns if len(values[name]) == 1 and len(rows) > LONG}
+    kept = [name for name in columns if name not in same]
+    said = [f"{name} {number(*values[name])}" for name in columns if name in same - {""}]
+    said = [words for words in said if not words.endswith(" ")]  # of nothing, nothing is said
+    out = ["", bars(kept), bars(["--:"] * len(kept))]
+    out += [bars([row.get(name, "") for name in kept]) for row in rows]
+    if len(rows) <= LONG:
+        return out
+    above = [f"All rows: {', '.join(said)}.", ""] if said else []
+    return [*above, f":::{{dropdown}} The table, {len(rows)} rows", *out, ":::"]
 
 
 def bars(cells: list) -> str:
