@@ -49,16 +49,16 @@ def tables(record: dict) -> list[str]:
     """
     marks = {True: "✓", False: "✗", None: ""}
     rows = [
-        {**row["cells"], "target": row["target"], "": marks[row["passed"]]}
+        {**row["cells"], "target": f"{row['target']} {marks[row['passed']]}".strip()}
         for row in record["rows"]
     ]
     found = dict.fromkeys(name for row in rows for name in row)
-    last = [name for name in ("note", "target", "") if name in found]
+    last = [name for name in ("note", "target") if name in found]
     columns = [name for name in found if name not in last] + last
     values = {name: {row.get(name, "") for row in rows} for name in columns}
     same = {name for name in columns if len(values[name]) == 1 and len(rows) > LONG}
     kept = [name for name in columns if name not in same]
-    said = [f"{name} {number(*values[name])}" for name in columns if name in same - {""}]
+    said = [f"{name} {number(*values[name])}" for name in columns if name in same]
     said = [words for words in said if not words.endswith(" ")]  # of nothing, nothing is said
     out = ["", bars(kept), bars(["--:"] * len(kept))]
     out += [bars([row.get(name, "") for name in kept]) for row in rows]
