@@ -32,10 +32,9 @@ def kernel_limit(backend: str, arrays: Any, num_splits: int | None) -> str | Non
         return "does not read int8 keys and values"
     if num_splits is not None and num_splits > 1 and "splits" not in able:
         return f"does not divide the keys, got {num_splits=}"
-    try:
-        plan.column_block(backend, 128, memory.num_keys, memory.page_size)
-    except NotImplementedError as error:
-        return str(error).split(" ", 1)[1].rsplit(";", 1)[0]
+    limit = plan.page_limit(backend, memory.page_size)
+    if limit:
+        return limit
     start = 0 if prefix is None else prefix.num_keys
     shape = (*query.shape[:-3], memory.num_kv_heads, start + memory.num_keys)
     key: Any

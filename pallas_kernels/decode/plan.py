@@ -66,6 +66,18 @@ def row_block(backend: str, num_rows: int, itemsize: int) -> int:
     return min(plan.power_of_two(num_rows), 32 if itemsize >= 4 else 64)
 
 
+# Sizes of tiles that must divide a page; Triton reads any page.
+_PAGE_TILES = {"mosaic_gpu": (128, 64), "tpu": (256, 128, 64, 32, 16)}
+
+
+def page_limit(backend: str, page: int) -> str | None:
+    """What keeps a backend from reading pages of this many keys, or None."""
+    sizes = _PAGE_TILES.get(backend)
+    if not page or sizes is None or page % sizes[-1] == 0:
+        return None
+    return f"reads pages of a multiple of {sizes[-1]} keys, not {page}"
+
+
 def column_block(backend: str, preferred: int, num_keys: int, page: int) -> tuple[int, int]:
     """Columns of a tile, and `Spec.page`: 0, or the size of pages that are not read block by block.
 
@@ -86,14 +98,12 @@ def column_block(backend: str, preferred: int, num_keys: int, page: int) -> tupl
         if page >= preferred and page % preferred == 0:
             return preferred, 0
         return (page, 0) if fits and page >= preferred else (preferred, page)
-    sizes = (128, 64) if backend == "mosaic_gpu" else (256, 128, 64, 32, 16)
-    for size in sizes:
-        if page % size == 0:
-            return size, 0
-    raise NotImplementedError(
-        f'implementation="{backend}" reads pages of a multiple of {sizes[-1]} keys, not {page}; '
-        'implementation="blockwise" can.'
-    )
+    limit = page_limit(backend, page)
+    if limit:
+        raise NotImplementedError(
+            f'implementation="{backend}" {limit}; implementation="blockwise" can.'
+        )
+    return next(size for size in _PAGE_TILES[backend] if page % size == 0), 0
 
 
 def block_table(
