@@ -1,6 +1,18 @@
 """Data to learn from: real text, and the field's synthetic tasks."""
 
+from attnlab.tasks.associative_recall import AssociativeRecall
+from attnlab.tasks.linear_regression import LinearRegression
 from attnlab.tasks.passkey import Passkey
+from attnlab.tasks.selective_copying import SelectiveCopying
 from attnlab.tasks.text import Corpus, Vocabulary, load_corpus, sample_batch
 
-__all__ = ["Corpus", "Passkey", "Vocabulary", "load_corpus", "sample_batch"]
+__all__ = [
+    "AssociativeRecall",
+    "Corpus",
+    "LinearRegression",
+    "Passkey",
+    "SelectiveCopying",
+    "Vocabulary",
+    "load_corpus",
+    "sample_batch",
+]
