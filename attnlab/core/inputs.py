@@ -57,8 +57,11 @@ def prepare(
     return call, implementation
 
 
-def check_inputs(*inputs: Any) -> list[Array]:
-    """Query, key and value as arrays, or the error that `attention` documents."""
+def check_inputs(*inputs: Any, empty: bool = False) -> list[Array]:
+    """Query, key and value as arrays, or the error that `attention` documents.
+
+    With `empty`, sequences may be: lengths of 0 are taken.
+    """
     arrays = []
     for name, x, axes in zip(("query", "key", "value"), inputs, _AXES, strict=True):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
@@ -67,7 +70,7 @@ def check_inputs(*inputs: Any) -> list[Array]:
             raise TypeError(f"{name}: expected a floating-point array, got dtype {x.dtype}.")
         if len(x.shape) < 3:
             raise ValueError(f"{name}: expected an array {axes}, got shape {x.shape}.")
-        if 0 in x.shape[-3:]:
+        if 0 in x.shape[-3:][empty:]:
             raise ValueError(f"{name}: no axis of {axes} may be empty, got shape {x.shape}.")
         arrays.append(jnp.asarray(x))
     query, key, value = arrays
