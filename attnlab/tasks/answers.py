@@ -25,16 +25,16 @@ class Rows(NamedTuple):
 def cross_entropy(logits: Float[Array, "B L V"], rows: Rows) -> Float[Array, ""]:
     """The mean cross-entropy, in nats, of the answers asked for; nothing else is scored."""
     each = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets)
-    return jnp.where(rows.asked, each, 0).sum() / rows.asked.sum()
+    return each.mean(where=rows.asked)
 
 
 def shares_right(
     logits: Float[Array, "B L V"], rows: Rows
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The share of rows with every answer right, and the share of answers right."""
-    right = (jnp.argmax(logits, -1) == rows.targets) | ~rows.asked
-    answers = jnp.where(rows.asked, right, False).sum() / rows.asked.sum()
-    return right.all(-1).astype(jnp.float32).mean(), answers
+    right = jnp.argmax(logits, -1) == rows.targets
+    whole = right.all(-1, where=rows.asked).astype(jnp.float32).mean()
+    return whole, right.astype(jnp.float32).mean(where=rows.asked)
 
 
 def draw_distinct(

@@ -53,7 +53,8 @@ class LinearRegression:
 
     def __post_init__(self):
         check_at_least(1, dimension=self.dimension)
-        check_at_least(0, noise=self.noise)
+        if not self.noise >= 0:
+            raise ValueError(f"noise: expected at least 0, got {self.noise}.")
         if self.layout not in ("interleaved", "joined"):
             raise ValueError(f"layout: expected 'interleaved' or 'joined', got {self.layout!r}.")
 
@@ -101,9 +102,9 @@ class LinearRegression:
     def least_squares(self, batch: Examples) -> Float[Array, "B L"]:
         """The shortest w of those that fit the examples best; 0 before the first."""
         x, y = self._points(batch)
-        before = jnp.tri(x.shape[1], k=-1)
-        seen = before[None, :, :, None] * x[:, None, :, :]
-        w = jnp.einsum("bpdq,bq->bpd", jnp.linalg.pinv(seen), y)
+        before = jnp.tri(x.shape[1], k=-1)[None]
+        seen = before[..., None] * x[:, None]
+        w = jnp.einsum("bpdq,bpq->bpd", jnp.linalg.pinv(seen), before * y[:, None])
         return self._say(w, x, batch)
 
     def ridge(self, batch: Examples, *, strength: float | None = None) -> Float[Array, "B L"]:
@@ -141,7 +142,7 @@ class LinearRegression:
         return self._say(w, x, batch)
 
     def averaging(self, batch: Examples) -> Float[Array, "B L"]:
-        """w = mean of y_j x_j, which Garg et al. call averaging: a step of rate 1."""
+        """The w that is the mean of y_j x_j, Garg et al.'s averaging: a step of rate 1."""
         return self.gradient_descent(batch, rate=1.0)
 
     def _places(self, length):
@@ -165,4 +166,5 @@ class LinearRegression:
 
 def _sum_before(values):
     """The sum over the examples before each one."""
-    return jnp.cumsum(values, axis=1) - values
+    sums = jnp.cumsum(values[:, :-1], axis=1)
+    return jnp.concatenate([jnp.zeros_like(values[:, :1]), sums], axis=1)

@@ -4,7 +4,7 @@
     asked                                c a a b
 
 Gu & Dao, "Mamba", 2023, arXiv:2312.00752, sections 3.1 and 4.1.1, after the copying task of
-Arjovsky et al. 2016, arXiv:1511.06464, and its form with noise in between of Jing et al. 2019,
+Arjovsky et al. 2016, arXiv:1511.06464, and the denoising task of Jing et al. 2019,
 arXiv:1706.02761; the construction is that of the S4 code (state-spaces/s4, `copying.py` with
 `variable=True`).  What is to be kept is told from the noise by content alone, and what comes j-th
 is asked for at the j-th marker: nothing in the markers says which.  A convolution, whose delays are
