@@ -145,7 +145,7 @@ def test_a_small_softmax_model_learns_to_recall(keys):
         lambda model, batch, key: task.loss(model(batch.tokens), batch),
         lambda data, key: task.rows(key, 32, 32),
         None,
-        TrainConfig(steps=500, batch_size=32, context=32, learning_rate=2e-3, warmup=50),
+        TrainConfig(steps=600, batch_size=32, context=32, learning_rate=4e-3, warmup=60),
     )
     batch = task.rows(keys("unseen"), 256, 32)
     assert task.accuracy(model(batch.tokens), batch)[1] > 0.9  # chance is 0.25
