@@ -86,7 +86,7 @@ class AssociativeRecall:
         empty = jnp.zeros((batch_size, length), jnp.int32)
         asked = empty.astype(bool).at[row, places].set(True)
         if self.random_filler:
-            tokens = jax.random.randint(filler_key, empty.shape, 0, self.vocab_size)
+            tokens = jax.random.randint(filler_key, empty.shape, 0, self.vocab_size, jnp.int32)
         else:
             tokens = empty
         context = jnp.stack([keys, values], -1).reshape(batch_size, 2 * pairs)

@@ -75,16 +75,10 @@ class LinearRegression:
         w_key, x_key, noise_key = jax.random.split(key, 3)
         w = jax.random.normal(w_key, (batch_size, self.dimension))
         x = jax.random.normal(x_key, (batch_size, points, self.dimension))
-        y = jnp.einsum("bpd,bd->bp", x, w)
-        y = y + self.noise * jax.random.normal(noise_key, y.shape)
-        if self.layout == "interleaved":
-            only_x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
-            only_y = jnp.pad(y[..., None], ((0, 0), (0, 0), (self.dimension, 0)))
-            inputs = jnp.stack([only_x, only_y], 2).reshape(batch_size, 2 * points, -1)[:, :length]
-        else:
-            inputs = jnp.concatenate([x, y.at[:, -1].set(0)[..., None]], -1)
+        y = _dot(x, w[:, None]) + self.noise * jax.random.normal(noise_key, x.shape[:2])
         asked = jnp.zeros((batch_size, length), bool).at[:, self._places(length)].set(True)
-        return Examples(inputs, jnp.where(asked, self._at_each_x(y, length), 0), asked)
+        targets = jnp.where(asked, self._at_each_x(y, length), 0)
+        return Examples(self._lay_out(x, y, length), targets, asked)
 
     def errors(self, predictions: Float[Array, "B L"], batch: Examples) -> Float[Array, " A"]:
         """The mean squared error, over D, at each place asked.
@@ -104,7 +98,7 @@ class LinearRegression:
         x, y = self._points(batch)
         before = jnp.tri(x.shape[1], k=-1)[None]
         seen = before[..., None] * x[:, None]
-        w = jnp.einsum("bpdq,bpq->bpd", jnp.linalg.pinv(seen), before * y[:, None])
+        w = _dot(jnp.linalg.pinv(seen), (before * y[:, None])[:, :, None])
         return self._say(w, x, batch)
 
     def ridge(self, batch: Examples, *, strength: float | None = None) -> Float[Array, "B L"]:
@@ -148,6 +142,14 @@ class LinearRegression:
     def _places(self, length):
         return slice(0, length, 2) if self.layout == "interleaved" else slice(length - 1, length)
 
+    def _lay_out(self, x, y, length):
+        if self.layout == "joined":
+            return jnp.concatenate([x, y.at[:, -1].set(0)[..., None]], -1)
+        only_x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
+        only_y = jnp.pad(y[..., None], ((0, 0), (0, 0), (self.dimension, 0)))
+        tokens = jnp.stack([only_x, only_y], 2)
+        return tokens.reshape(x.shape[0], -1, self.input_width)[:, :length]
+
     def _at_each_x(self, y, length):
         if self.layout == "joined":
             return y
@@ -161,7 +163,12 @@ class LinearRegression:
         return x, jnp.pad(y, ((0, 0), (0, x.shape[1] - y.shape[1])))
 
     def _say(self, w, x, batch):
-        return self._at_each_x(jnp.einsum("bpd,bpd->bp", w, x), batch.inputs.shape[1])
+        return self._at_each_x(_dot(w, x), batch.inputs.shape[1])
+
+
+def _dot(a, b):
+    """The scalar products; no matrix product, which accelerators may round to bfloat16."""
+    return (a * b).sum(-1)
 
 
 def _sum_before(values):

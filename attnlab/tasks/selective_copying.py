@@ -75,7 +75,7 @@ class SelectiveCopying:
         check_at_least(self.shortest, length=length)
         token_key, place_key = jax.random.split(key)
         shape = (batch_size, self.num_tokens)
-        kept = jax.random.randint(token_key, shape, 1, self.alphabet + 1)
+        kept = jax.random.randint(token_key, shape, 1, self.alphabet + 1, jnp.int32)
         start = length - self.num_tokens
         if self.spread:
             places = jnp.sort(draw_distinct(place_key, *shape, start), axis=1)
