@@ -1,0 +1,272 @@
+r"""The mathematics of one chunk, the same on every device.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t (v_t - S_{t-1}^T e_t)^T,      o_t = S_t^T q_t
+
+`advance` takes the state "H D" behind a chunk of C steps, `read` gives what one query head reads
+there; both are differentiated by `jax.vjp` within the kernel.  Arrays are 2-D and float32, and
+nothing is sliced, joined or reshaped: what depends on two positions is a product with a mask.
+
+The decay between two positions is a sum, within a 0/1 mask, of numbers <= 0; no sum is ever the
+difference of two, so no exponent is positive, nothing overflows, and no digit is lost beside a
+strong decay.  A decay per channel cannot be one factor to a pair: blocks of 1, 2, 4, ... positions
+are halved, and between the halves the sum is split at the middle, where both parts are <= 0 again.
+Yang et al. 2024, arXiv:2406.06484 is the algorithm with `erase`, in its WY form.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+FLOOR = -1e30  # takes the place of -inf, which a mask's zero would make NaN
+THROUGH, BEFORE, AFTER = "through", "before", "after"  # sums to i, to i - 1, from i + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """How a device multiplies and repeats.
+
+    `dot(a, b, trans_a, trans_b)`: op(a) op(b) with the precision of float32.  `half`: the dtype
+    that rows and keys came in, if a product of it is exact in float32.  `unroll`: write loops out.
+    `pulled`: `jax.vjp` will be taken; without it there is no rule for derivatives in the program.
+    """
+
+    dot: Callable[..., Array]
+    half: Any = None
+    unroll: bool = False
+    pulled: bool = False
+
+    def loop(self, start: int, stop: int, body: Callable, state: Any) -> Any:
+        if self.unroll:
+            for step in range(start, stop):
+                state = body(jnp.int32(step), state)
+            return state
+        return jax.lax.fori_loop(jnp.int32(start), jnp.int32(stop), body, state)
+
+    def rule(self, function: Callable, keep: Callable, pull: Callable) -> Callable:
+        """`function`, with `pull(kept, cotangent)` for its derivative."""
+        if not self.pulled:
+            return function
+        ruled = jax.custom_vjp(function)
+        ruled.defvjp(keep, pull)
+        return ruled
+
+    def product(self, a: Array, b: Array, *, left: bool = False, right: bool = False) -> Array:
+        """op(a) op(b), a transposed with `left`, b with `right`; so are its derivatives."""
+
+        def pull(kept: Any, c: Array) -> tuple[Array, Array]:
+            a, b = kept
+            d_a = self.dot(b, c, right, True) if left else self.dot(c, b, False, not right)
+            d_b = self.dot(c, a, True, left) if right else self.dot(a, c, not left, False)
+            return d_a, d_b
+
+        def multiply(a: Array, b: Array) -> Array:
+            return self.dot(a, b, left, right)
+
+        return self.rule(multiply, lambda a, b: (multiply(a, b), (a, b)), pull)(a, b)
+
+    def inner(self, rows: Array, keys: Array) -> Array:
+        """rows keys^T, exact also where both are multiplied in the half precision they came in."""
+        if self.half is None:
+            return self.product(rows, keys, right=True)
+
+        def multiply(rows: Array, keys: Array) -> Array:
+            return self.dot(rows.astype(self.half), keys.astype(self.half), False, True)
+
+        def pull(kept: Any, c: Array) -> tuple[Array, Array]:
+            rows, keys = kept
+            return self.dot(c, keys, False, False), self.dot(c, rows, True, False)
+
+        return self.rule(multiply, lambda r, k: (multiply(r, k), (r, k)), pull)(rows, keys)
+
+    def within(self, mask: Array, x: Array) -> Array:
+        """Sums of rows of x within a 0/1 mask."""
+
+        def total(mask: Array, x: Array) -> Array:
+            return self.dot(mask, x, False, False)
+
+        def pull(mask: Array, c: Array) -> tuple[None, Array]:
+            return None, self.dot(mask, c, True, False)
+
+        return self.rule(total, lambda m, x: (total(m, x), m), pull)(mask, x)
+
+
+class Decay(NamedTuple):
+    """The log decays of a chunk, or none.
+
+    Per channel: `wide` "C H".  One to a step: each along a row, `wide` "C D" and `pairs` "C C".
+    """
+
+    wide: Float[Array, "C X"] | None = None
+    pairs: Float[Array, "C C"] | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether all channels decay alike."""
+        return self.pairs is not None
+
+    def floored(self) -> "Decay":
+        return Decay(*(x if x is None else jnp.where(x < FLOOR, FLOOR, x) for x in self))
+
+
+def advance(
+    device: Device,
+    state: Float[Array, "H D"],
+    key: Float[Array, "C H"],
+    value: Float[Array, "C D"],
+    decay: Decay,
+    erase: Float[Array, "C H"] | None,
+) -> tuple[Float[Array, "H D"], Float[Array, "C D"]]:
+    """The state behind a chunk, and what each of its keys writes."""
+    decay = decay.floored()
+    write = value
+    if erase is not None:
+        write = write - _of_state(device, erase, state, decay, BEFORE)
+        write = _solve(device, _damped(device, erase, key, decay, BEFORE), write)
+    if decay.wide is None:
+        return state + device.product(key, write, left=True), write
+    late = jnp.exp(_sums(device, decay, AFTER))
+    if decay.shared:  # alike in all channels: it may stand with the values
+        total = device.product(jnp.ones_like(key), decay.wide, left=True)
+        added = device.product(key, write * late, left=True)
+    else:
+        total = device.product(decay.wide, jnp.ones_like(value), left=True)
+        added = device.product(key * late, write, left=True)
+    return state * jnp.exp(total) + added, write
+
+
+def read(
+    device: Device,
+    state: Float[Array, "H D"],
+    query: Float[Array, "C H"],
+    key: Float[Array, "C H"],
+    write: Float[Array, "C D"],
+    decay: Decay,
+) -> Float[Array, "C D"]:
+    """What one head of queries reads in a chunk that starts with `state`."""
+    decay = decay.floored()
+    weights = _damped(device, query, key, decay, THROUGH)
+    return device.product(weights, write) + _of_state(device, query, state, decay, THROUGH)
+
+
+def _of_state(device: Device, rows: Array, state: Array, decay: Decay, upto: str) -> Array:
+    """What rows read of the state at the chunk's start, by then decayed."""
+    if decay.wide is None:
+        return device.product(rows, state)
+    damp = jnp.exp(_sums(device, decay, upto))
+    if decay.shared:
+        return device.product(rows, state) * damp
+    return device.product(rows * damp, state)
+
+
+def _damped(device: Device, rows: Array, keys: Array, decay: Decay, upto: str) -> Array:
+    """What each row reads of each key: j <= i THROUGH the chunk, j < i BEFORE; "C C"."""
+    i, j = _places(len(keys))
+    seen = j <= i if upto == THROUGH else j < i
+    if decay.wide is None:
+        return jnp.where(seen, device.inner(rows, keys), 0.0)
+    if decay.shared:
+        # sum over l of [l <= i] g_l [j < l]
+        later = jnp.where(j < i, decay.pairs, 0.0)
+        between = device.within(_mask(_reached(i, j, upto)), later)
+        return jnp.where(seen, device.inner(rows, keys) * jnp.exp(between), 0.0)
+    matrix = _halves(device, upto)(rows, keys, decay.wide)
+    if upto == THROUGH:
+        matrix = matrix + jnp.where(i == j, device.inner(rows, keys), 0.0)
+    return matrix
+
+
+def _halves(device: Device, upto: str) -> Callable[..., Array]:
+    """The damped products of all pairs but the diagonal, level by level."""
+
+    def level(number: Any, rows: Array, keys: Array, decay: Array) -> Array:
+        """Rows of the second half of each block, keys of its first."""
+        i, j = _places(len(keys))
+        of_row, of_col = i >> number, j >> number
+        second = (of_row & 1) == 1
+        # In the second half from the middle to the row, in the first from behind the key.
+        reach = jnp.where(second, _reached(i, j, upto), j > i)
+        damp = jnp.exp(device.within(_mask(reach & (of_row == of_col)), decay))
+        found = device.product(rows * damp, keys * damp, right=True)
+        return jnp.where(second & (of_row == of_col + 1), found, 0.0)
+
+    def matrix(rows: Array, keys: Array, decay: Array) -> Array:
+        def add(number: Any, total: Array) -> Array:
+            return total + level(number, rows, keys, decay)
+
+        size = len(keys)
+        return device.loop(0, _levels(size), add, jnp.zeros((size, size), jnp.float32))
+
+    def pull(kept: Any, cotangent: Array) -> Any:
+        # All of a level is computed again: nothing of one lives on beside another.
+        def add(number: Any, totals: Any) -> Any:
+            parts = jax.vjp(functools.partial(level, number), *kept)[1](cotangent)
+            return tuple(t + part for t, part in zip(totals, parts, strict=True))
+
+        start = tuple(map(jnp.zeros_like, kept))
+        return device.loop(0, _levels(len(kept[1])), add, start)
+
+    return device.rule(matrix, lambda *x: (matrix(*x), x), pull)
+
+
+def _solve(device: Device, lower: Array, write: Array) -> Array:
+    """(I + L)^-1 applied to what would be written; L strictly lower triangular."""
+
+    def inverse(lower: Array) -> Array:
+        i, j = _places(len(lower))
+
+        def below(number: Any) -> Array:
+            """The blocks of L that lie beside those inverted so far."""
+            corner = ((i >> number) == (j >> number) + 1) & (((i >> number) & 1) == 1)
+            return jnp.where(corner, lower, 0.0)
+
+        def double(number: Any, found: Array) -> Array:
+            product = device.dot(below(number), found, False, False)
+            return found - device.dot(found, product, False, False)
+
+        start = jnp.where(i == j, 1.0, 0.0) - below(jnp.int32(0))
+        return device.loop(1, _levels(len(lower)), double, start)
+
+    def solve(lower: Array, write: Array) -> Array:
+        return device.dot(inverse(lower), write, False, False)
+
+    def keep(lower: Array, write: Array) -> Any:
+        found = inverse(lower)
+        write = device.dot(found, write, False, False)
+        return write, (found, write)
+
+    def pull(kept: Any, cotangent: Array) -> tuple[Array, Array]:
+        found, write = kept
+        d_write = device.dot(found, cotangent, True, False)
+        return -device.dot(d_write, write, False, True), d_write
+
+    return device.rule(solve, keep, pull)(lower, write)
+
+
+def _sums(device: Device, decay: Decay, upto: str) -> Array:
+    """Sums of the log decays from the chunk's start up to each step, or AFTER it."""
+    assert decay.wide is not None
+    i, j = _places(len(decay.wide))
+    return device.within(_mask(_reached(i, j, upto)), decay.wide)
+
+
+def _reached(i: Array, j: Array, upto: str) -> Array:
+    return {THROUGH: j <= i, BEFORE: j < i, AFTER: j > i}[upto]
+
+
+def _mask(where: Array) -> Array:
+    return jnp.where(where, 1.0, 0.0).astype(jnp.float32)
+
+
+def _places(size: int) -> tuple[Array, Array]:
+    """Row and column numbers, "C C"."""
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    return i, j
+
+
+def _levels(size: int) -> int:
+    return size.bit_length() - 1
