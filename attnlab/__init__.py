@@ -7,9 +7,11 @@ from attnlab.core import masks, normalizers, partial, scores
 from attnlab.core.attention import Choice, attention, block_sparse_attention, explain
 from attnlab.core.drop_in import dot_product_attention
 from attnlab.core.entry import Entry, Paper
+from attnlab.core.linear_attention import linear_attention
 from attnlab.core.masks import Mask
 from attnlab.core.normalizers import Normalizer
 from attnlab.core.partial import Partial
+from attnlab.core.recurrence import linear_recurrence, resets
 from attnlab.core.scores import ScoreModifier
 
 if TYPE_CHECKING:
@@ -40,11 +42,14 @@ __all__ = [
     "decode_attention",
     "dot_product_attention",
     "explain",
+    "linear_attention",
+    "linear_recurrence",
     "masks",
     "normalizers",
     "partial",
     "quantization_error_bound",
     "quantize",
+    "resets",
     "scores",
     "testing",
 ]

@@ -80,6 +80,19 @@ class KVCache:
 
 
 @struct.dataclass
+class StateCache:
+    """What a recurrent layer remembers after `length` tokens; a pytree.
+
+    `memory` is the mechanism's state, or a `KVCache` where it has none; `tails` the last inputs of
+    each short convolution, "*B W-1 C".
+    """
+
+    memory: Any
+    tails: tuple[Any, ...]
+    length: Any
+
+
+@struct.dataclass
 class PagedKVCache:
     """Keys and values of many sequences in a pool of P pages for L tokens each; a pytree.
 

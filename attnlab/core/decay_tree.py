@@ -44,19 +44,20 @@ def block_sums(log_decay: Float[Array, "... C X"]) -> list[Sums]:
     zero = jnp.zeros_like(g)
     levels = [Sums(g, zero, zero, g)]
     while levels[-1].total.shape[-3] > 1:
-        first, second = zip(*map(_halves, levels[-1]), strict=True)
-        one, two = Sums(*first), Sums(*second)
-        joined = (
-            (one.through, one.total + two.through),
-            (one.before, one.total + two.before),
-            (one.after + two.total, two.after),
+        one, two = (Sums(*(x[..., half::2, :, :] for x in levels[-1])) for half in (0, 1))
+        levels.append(
+            Sums(
+                jnp.concatenate([one.through, one.total + two.through], -2),
+                jnp.concatenate([one.before, one.total + two.before], -2),
+                jnp.concatenate([one.after + two.total, two.after], -2),
+                one.total + two.total,
+            )
         )
-        levels.append(Sums(*(jnp.concatenate(p, -2) for p in joined), one.total + two.total))
     return levels
 
 
 def damping(levels: list[Sums], *, through: bool) -> Float[Array, "... C C"]:
-    """exp of the sum between j and i, common to all channels; zero where j > i.
+    """Exp of the sum between j and i, common to all channels; zero where j > i.
 
     With `through` the decay at i counts, and the diagonal is 1; without it the sum stops before i,
     and the diagonal is 0.

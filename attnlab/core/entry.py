@@ -15,7 +15,11 @@ PROPERTIES = {
     "lse": "returns the log-sum-exp",
     "rows-sum-to-one": "weights of a query that sees any key sum to one",
     "linear-memory": "O(T + S) memory, forward and backward",
+    "state": "decodes from a state whose size does not depend on the length",
 }
+
+ATTENTION = ("reference", "blockwise", "xla", "cudnn", "triton")  # of softmax attention
+RECURRENCE = ("parallel", "chunked", "recurrent")  # of the linear-state recurrence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Entry:
     """One mechanism in the atlas.
 
     `formula` is LaTeX; `time` and `memory` are growth classes in T queries, S keys, width H;
-    `build(num_heads, head_width, *, rngs)` makes a small working example of `module`.
+    `build(num_heads, head_width, *, rngs)` makes a small working example of `module`;
+    `implementations` are those that the contract runs.
     """
 
     id: str
@@ -60,6 +65,7 @@ class Entry:
     function: Callable
     module: type
     build: Callable
+    implementations: tuple[str, ...] = ATTENTION
 
     def __post_init__(self) -> None:
         for name, allowed in (("patterns", PATTERNS), ("properties", PROPERTIES)):

@@ -9,8 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from attnlab.core.attention import attention
-from attnlab.core.cache import KVCache
+from attnlab.core.cache import KVCache, StateCache
+from attnlab.core.mask_layout import layout
 from attnlab.core.masks import KeyPadding, Mask, as_mask
+from attnlab.core.short_convolution import ShortConvolution
 
 
 class Mechanism(nnx.Module):
@@ -18,11 +20,33 @@ class Mechanism(nnx.Module):
 
     A mechanism holds the parameters its paper adds, and nothing else; projections belong to
     `MultiHeadAttention`.  The base class is plain softmax attention without positions.
+
+    `conv_width` is the width of the short convolution that the paper's layer has after its
+    projections; None for none.
     """
+
+    conv_width: int | None = None
 
     def embed(self, x: Float[Array, "*B T F"], *, offset: Any = 0) -> Float[Array, "*B T F"]:
         """Applied to a model's token embeddings; only encodings added at the input override it."""
         return x
+
+    def controls(self, x: Float[Array, "*B T F"]) -> dict[str, Any]:
+        """What the mechanism computes from the layer's input, such as decays: options of a call."""
+        return {}
+
+    def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
+        """Applied to what the heads read, before the last projection: norms and gates."""
+        return out
+
+    def init_state(
+        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
+    ) -> Any:
+        """The state before the first token, a pytree; None if decoding needs all keys and values.
+
+        A mechanism with a state takes `initial_state` and `return_state`.
+        """
+        return None
 
     def __call__(
         self,
@@ -72,6 +96,8 @@ class MultiHeadAttention(nnx.Module):
       layer_scale: initial value of a learned gain per output channel (Touvron et al. 2021,
         arXiv:2103.17239), such as 1e-4; None for no gain.
       use_bias: whether the projections have biases.
+      conv_width: width of a short causal convolution, with SiLU, on queries, keys and values; the
+        mechanism's own by default, 0 for none.
       dropout_rate: dropout of weights, applied when a call gives `dropout_key`.
       implementation: as for `attnlab.attention`.
 
@@ -91,6 +117,7 @@ class MultiHeadAttention(nnx.Module):
         qk_norm: bool = False,
         layer_scale: float | None = None,
         use_bias: bool = False,
+        conv_width: int | None = None,
         dropout_rate: float = 0.0,
         implementation: str = "auto",
         dtype: Any = None,
@@ -130,16 +157,40 @@ class MultiHeadAttention(nnx.Module):
             return RMSNorm(self.head_width)
 
         self.query_norm, self.key_norm = nnx.data(norm()), nnx.data(norm())
+        width = self.mechanism.conv_width if conv_width is None else conv_width
+        self.convolutions = nnx.data(
+            [
+                ShortConvolution(width, linear.out_features, rngs=rngs)
+                for linear in (self.query, self.key, self.value)
+            ]
+            if width
+            else None
+        )
         gain = None if layer_scale is None else jnp.full((features,), layer_scale, param_dtype)
         self.gain = nnx.data(None if gain is None else nnx.Param(gain))
 
     def create_cache(
         self, batch_shape: tuple[int, ...], capacity: int, dtype: Any = jnp.float32
-    ) -> KVCache:
-        """An empty cache for decoding with this module."""
-        return KVCache.create(
-            batch_shape, capacity, self.num_kv_heads, self.head_width, self.value_width, dtype
+    ) -> KVCache | StateCache:
+        """An empty cache for decoding with this module.
+
+        Where the mechanism has a state the cache holds that instead of keys and values, and its
+        size does not depend on `capacity`.
+        """
+        memory = self.mechanism.init_state(
+            batch_shape, self.num_kv_heads, self.head_width, self.value_width
         )
+        if memory is None:
+            memory = KVCache.create(
+                batch_shape, capacity, self.num_kv_heads, self.head_width, self.value_width, dtype
+            )
+            if self.convolutions is None:
+                return memory
+        tails = tuple(
+            jnp.zeros((*batch_shape, c.weight.shape[0] - 1, c.weight.shape[1]), dtype)
+            for c in self.convolutions or ()
+        )
+        return StateCache(memory, tails, jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
@@ -147,7 +198,7 @@ class MultiHeadAttention(nnx.Module):
         context: Float[Array, "*B S F"] | None = None,
         *,
         mask: Any = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StateCache | None = None,
         dropout_key: Any = None,
     ) -> Any:
         """Attend from `x` to `context` (self-attention if None).
@@ -171,28 +222,71 @@ class MultiHeadAttention(nnx.Module):
         if cache is not None and context is not None:
             raise ValueError("cache: serves self-attention; give either a context or a cache.")
 
-        def heads(linear: nnx.Linear, x: Array, count: int) -> Array:
-            out = linear(x)
-            return out.reshape(*out.shape[:-1], count, out.shape[-1] // count)
-
+        controls = self.mechanism.controls(x)
+        if controls and context is not None:
+            raise ValueError(
+                f"context: {type(self.mechanism).__name__} computes its {', '.join(controls)} from "
+                "the sequence it writes; it serves self-attention."
+            )
         source = x if context is None else context
-        query = heads(self.query, x, self.num_heads)
-        key = heads(self.key, source, self.num_kv_heads)
-        value = heads(self.value, source, self.num_kv_heads)
+        plain = self.query(x), self.key(source), self.value(source)
+        projected, tails = self._convolved(plain, mask, cache)
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = (_heads(y, n) for y, n in zip(projected, counts, strict=True))
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        offset: Any = 0
-        if cache is not None:
-            offset, cache = cache.length, cache.append(key, value)
-            key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
-            filled: Mask = KeyPadding(cache.length)
-            mask = filled if mask is None else as_mask(mask) & filled
         drop = self.dropout_rate if dropout_key is not None else 0.0
-        out = self.mechanism(
-            query, key, value, mask=mask, query_offset=offset, dropout_rate=drop,
-            dropout_key=dropout_key if drop else None, implementation=self.implementation,
-        )  # fmt: skip
+        options = controls | {
+            "mask": mask, "dropout_rate": drop, "dropout_key": dropout_key if drop else None,
+            "implementation": self.implementation,
+        }  # fmt: skip
+        out, cache = self._attend(query, key, value, cache, tails, options)
+        out = self.mechanism.finish(out, x)
         out = self.out(out.reshape(*out.shape[:-2], math.prod(out.shape[-2:])))
         if self.gain is not None:
             out = out * jax.lax.expand_dims(self.gain[...].astype(out.dtype), range(out.ndim - 1))
         return out if cache is None else (out, cache)
+
+    def _convolved(
+        self, projected: tuple[Array, ...], mask: Any, cache: Any
+    ) -> tuple[tuple[Array, ...], Any]:
+        """Projections after their short convolutions, and the tails of these."""
+        if self.convolutions is None:
+            return projected, None
+        lengths = projected[0].shape[-2], projected[1].shape[-2]
+        offset = 0 if cache is None else cache.length
+        known = None if mask is None else layout(as_mask(mask), lengths, (offset, offset))
+        options = {} if known is None else {"real": known.keys, "ids": known.ids}
+        tails = (None,) * 3 if cache is None else cache.tails
+        done = [
+            convolve(y, tail=tail, **options)
+            for convolve, y, tail in zip(self.convolutions, projected, tails, strict=True)
+        ]
+        return tuple(y for y, _ in done), tuple(tail for _, tail in done)
+
+    def _attend(
+        self, query: Array, key: Array, value: Array, cache: Any, tails: Any, options: dict
+    ) -> tuple[Array, Any]:
+        """What the mechanism reads, and the cache with these tokens in it, if there is one."""
+        if cache is None:
+            return self.mechanism(query, key, value, **options), None
+        offset = cache.length
+        memory = cache.memory if isinstance(cache, StateCache) else cache
+        options["query_offset"] = offset
+        if isinstance(memory, KVCache):
+            memory = memory.append(key, value)
+            key, value = memory.key.astype(query.dtype), memory.value.astype(query.dtype)
+            filled: Mask = KeyPadding(offset + query.shape[-3])
+            mask = options["mask"]
+            options["mask"] = filled if mask is None else as_mask(mask) & filled
+            out = self.mechanism(query, key, value, **options)
+        else:
+            states = {"key_offset": offset, "initial_state": memory, "return_state": True}
+            out, memory = self.mechanism(query, key, value, **options, **states)
+        if not isinstance(cache, StateCache):
+            return out, memory
+        return out, StateCache(memory, tails or (), offset + query.shape[-3])
+
+
+def _heads(x: Float[Array, "*B T C"], count: int) -> Float[Array, "*B T N H"]:
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count)

@@ -2,12 +2,12 @@ r"""The linear-state monoid: one state, three forms.
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t (v_t - S_{t-1}^T e_t)^T,      o_t = S_t^T q_t
 
-The state S "H D" is a memory: a key writes its value, a query reads.  The log decay g forgets; what
-the key e reads is erased in the same step.  Without g and e this is linear attention (Katharopoulos
-et al. 2020, arXiv:2006.16236); a number g per head is retention (Sun et al. 2023, arXiv:2307.08621);
-one per step Mamba-2 (Dao & Gu 2024, arXiv:2405.21060); one per channel gated linear attention (Yang
-et al. 2023, arXiv:2312.06635); e = beta k with the value beta v the delta rule, and its chunks the WY
-form (Yang et al. 2024, arXiv:2406.06484).
+The state S "H D" is a memory: a key writes its value, a query reads.  The log decay g forgets;
+what the key e reads is erased in the same step.  Without g and e this is linear attention
+(Katharopoulos et al. 2020, arXiv:2006.16236); a number g per head is retention (Sun et al. 2023,
+arXiv:2307.08621); one per step Mamba-2 (Dao & Gu 2024, arXiv:2405.21060); one per channel gated
+linear attention (Yang et al. 2023, arXiv:2312.06635); e = beta k with the value beta v is the delta
+rule, whose chunks take the WY form (Yang et al. 2024, arXiv:2406.06484).
 
 *recurrent* takes a step at a time, *chunked* a chunk at a time by matrix products, *parallel* the
 whole sequence as one chunk.  All give the same numbers up to rounding; no decay, however strong,
@@ -49,8 +49,8 @@ def linear_recurrence(
       log_decay: g <= 0, natural logarithm: "K" for a constant per head, "*B T K" for one per step,
         "*B T K H" for one per step and key channel; -inf clears.  None: nothing is forgotten.
       erase: what is read from the state before it decays, and taken away.  None: nothing is.
-      reset: True where the state is cleared before the step, as at the start of each packed document
-        (`resets`).
+      reset: True where the state is cleared before the step, as at the start of each packed
+        document (`resets`).
       initial_state: the state before the first step, zeros by default; float32 (float64 for such
         inputs).
       implementation: "parallel", "chunked", "recurrent", or "auto": recurrent for fewer than 4
@@ -59,8 +59,8 @@ def linear_recurrence(
       return_state: also return the state after the last step, "*B K H D".
 
     Returns:
-      "*B T N D" in the dtype of the query, or that and the state.  A sequence without steps gives an
-      empty output and the initial state.
+      "*B T N D" in the dtype of the query, or that and the state.  A sequence without steps gives
+      an empty output and the initial state.
 
     Raises:
       TypeError: inputs that are no floating-point arrays or differ in dtype; a state or a reset of
@@ -134,7 +134,7 @@ def _decay(log_decay: Any, key: Array) -> Array | None:
     if log_decay is None:
         return None
     g = _floating("log_decay", log_decay)
-    *batch, length, heads, width = key.shape
+    *batch, length, heads, _ = key.shape
     shapes = ((heads,), (*batch, length, heads), tuple(key.shape))
     if g.shape not in shapes:
         raise ValueError(
@@ -174,9 +174,7 @@ def _initial(state: Any, key: Array, value: Array, dtype: Any) -> Array:
         return jnp.zeros(shape, dtype)
     state = _floating("initial_state", state)
     if state.shape != shape:
-        raise ValueError(
-            f"initial_state: expected shape {shape} (*B, K, H, D), got {state.shape}."
-        )
+        raise ValueError(f"initial_state: expected shape {shape} (*B, K, H, D), got {state.shape}.")
     if state.dtype != dtype:
         raise TypeError(f"initial_state: expected dtype {dtype}, got {state.dtype}.")
     return state
