@@ -59,10 +59,13 @@ def test_a_joined_row_hides_its_last_y(keys):
 
 
 def on_one_line(x, y):
-    """Each row has a w of its own that gives every y exactly."""
+    """Each row has a w of its own that gives every y exactly, and is not made of the x drawn."""
     for xs, ys in zip(x.astype(np.float64), y.astype(np.float64), strict=True):
         w = np.linalg.lstsq(xs, ys)[0]
         np.testing.assert_allclose(xs @ w, ys, atol=1e-5)
+        if len(xs) >= len(w):
+            nearest = np.abs(x.reshape(-1, 1) - w[None, :]).min(0)
+            assert (nearest > 1e-5).any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
