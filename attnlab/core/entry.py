@@ -18,6 +18,13 @@ PROPERTIES = {
     "state": "decodes from a state whose size does not depend on the length",
 }
 
+# What a mask may say; each takes what the ones after it take.
+MASKS = {
+    "pairs": "any mask",
+    "documents": "causal, padding and packed documents",
+    "keys": "padding of keys and queries",
+}
+
 ATTENTION = ("reference", "blockwise", "xla", "cudnn", "triton")  # of softmax attention
 RECURRENCE = ("parallel", "chunked", "recurrent")  # of the linear-state recurrence
 
@@ -48,7 +55,8 @@ class Entry:
 
     `formula` is LaTeX; `time` and `memory` are growth classes in T queries, S keys, width H;
     `build(num_heads, head_width, *, rngs)` makes a small working example of `module`;
-    `implementations` are those that the contract runs.
+    `implementations` are those that the contract runs; `masks` says which masks a mechanism takes,
+    one of `MASKS`.
     """
 
     id: str
@@ -66,8 +74,13 @@ class Entry:
     module: type
     build: Callable
     implementations: tuple[str, ...] = ATTENTION
+    masks: str = "pairs"
 
     def __post_init__(self) -> None:
+        if self.masks not in MASKS:
+            raise ValueError(
+                f"masks: entry {self.id!r} says {self.masks!r}; expected one of {list(MASKS)}."
+            )
         for name, allowed in (("patterns", PATTERNS), ("properties", PROPERTIES)):
             unknown = [x for x in getattr(self, name) if x not in allowed]
             if unknown:
@@ -94,6 +107,8 @@ class Entry:
             "time": self.time,
             "memory": self.memory,
             "exact": self.exact,
+            "implementations": list(self.implementations),
+            "masks": self.masks,
             "properties": sorted(self.properties),
             "function": f"{self.function.__module__}.{self.function.__qualname__}",
             "module": f"{self.module.__module__}.{self.module.__qualname__}",

@@ -48,7 +48,8 @@ def linear_attention(
     """Weights q . k, damped and possibly normalized, times values: "*B T N D".
 
     Args:
-      query, key: after the feature map.  Other arrays as for `attnlab.linear_recurrence`.
+      query, key: after the feature map.  Other arrays as for `attnlab.linear_recurrence`.  What
+        is masked neither writes nor erases; nor does it decay, unless decays are constants.
       normalize: divide by the sum of a query's weights.  A query whose weights sum to 0, as one
         that sees nothing, gives zeros.
       epsilon: added to that sum.
@@ -95,6 +96,7 @@ def linear_attention(
             _pairwise(query, key, value, log_decay, mask, offsets), query.dtype, normalize, epsilon
         )
     key, value, erase = (_kept(x, known.keys) for x in (key, value, erase))
+    log_decay = _kept_decay(log_decay, known.keys, key.shape)
     if causal or known.causal:
         options |= {"log_decay": log_decay, "erase": erase, "initial_state": initial_state}
         out, state = _causal(query, key, value, known, offsets, options)
@@ -144,11 +146,42 @@ def _kept(x: Any, real: Any) -> Any:
     return jnp.where(real, x, jnp.zeros((), x.dtype))
 
 
+def _kept_decay(log_decay: Any, real: Any, shape: tuple[int, ...]) -> Any:
+    """Decays that belong to a step, left out with it; one per head is a matter of positions."""
+    steps = shape[:-2]
+    if real is None or jnp.ndim(log_decay) < 2 or jnp.shape(log_decay)[: len(steps)] != steps:
+        return log_decay
+    real = jnp.broadcast_to(real, steps)
+    real = real.reshape(*steps, *(1,) * (log_decay.ndim - len(steps)))
+    return jnp.where(real, log_decay, jnp.zeros((), log_decay.dtype))
+
+
 def linear_state(
     batch_shape: tuple[int, ...], num_heads: int, width: int, value_width: int
 ) -> Float[Array, "*B K H D"]:
     """A state before the first token, zeros in float32."""
     return jnp.zeros((*batch_shape, num_heads, width, value_width), jnp.float32)
+
+
+def real_inputs(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[Array]:
+    """Query, key and value, checked, with zeros where the mask among `options` hides a position.
+
+    What a feature map makes of a hidden NaN would spoil gradients, though it is left out later.
+    """
+    query, key, value = check_inputs(query, key, value, empty=True)
+    if options.get("mask") is None:
+        return [query, key, value]
+    mask, lengths = as_mask(options["mask"]), (query.shape[-3], key.shape[-3])
+    check_mask(mask, query.shape[:-3], {"N": query.shape[-2], "T": lengths[0], "S": lengths[1]})
+    offsets = options.get("query_offset", 0), options.get("key_offset", 0)
+    known = layout(mask, lengths, offsets)
+    if known is None:
+        allowed = mask.dense(
+            *lengths, query_offset=offsets[0], key_offset=offsets[1], num_heads=query.shape[-2]
+        )
+        allowed = jnp.broadcast_to(allowed, (*query.shape[:-3], *allowed.shape[-3:]))
+        known = Layout(keys=jnp.any(allowed, (-3, -2)), queries=jnp.any(allowed, (-3, -1)))
+    return [_kept(query, known.queries), *(_kept(x, known.keys) for x in (key, value))]
 
 
 def positive_features(feature_map: Any, *arrays: Array) -> list[Array]:
@@ -281,7 +314,7 @@ def _pairwise(
     weights = product("...tkgh,...skh->...kgts", rows, key)
     weights = weights.reshape(*weights.shape[:-4], query.shape[-2], *weights.shape[-2:])
     if log_decay is not None:
-        damp = _damping(log_decay, key.shape).astype(dtype)
+        damp = _damping(_kept_decay(log_decay, seen, key.shape), key.shape).astype(dtype)
         weights = weights * jnp.repeat(damp, query.shape[-2] // key.shape[-2], axis=-3)
     weights = jnp.where(allowed, weights, jnp.zeros((), dtype))
     weights = weights.reshape(*weights.shape[:-3], key.shape[-2], -1, *weights.shape[-2:])

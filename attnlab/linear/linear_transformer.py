@@ -15,8 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from attnlab.core.entry import PATTERNS, RECURRENCE, Entry, Paper
-from attnlab.core.inputs import check_inputs
-from attnlab.core.linear_attention import linear_attention, linear_state, positive_features
+from attnlab.core.linear_attention import (
+    linear_attention,
+    linear_state,
+    positive_features,
+    real_inputs,
+)
 from attnlab.core.modules import Mechanism
 
 EPSILON = 1e-6
@@ -46,7 +50,7 @@ def linear_transformer_attention(
     Raises:
       ValueError: a feature map that gives negative features (where values are known, outside jit).
     """
-    query, key, value = check_inputs(query, key, value)
+    query, key, value = real_inputs(query, key, value, options)
     features = positive_features(feature_map, query, key)
     return linear_attention(*features, value, normalize=True, epsilon=epsilon, **options)
 
@@ -98,4 +102,5 @@ ENTRY = Entry(
     module=LinearTransformer,
     build=_build,
     implementations=RECURRENCE,
+    masks="documents",
 )

@@ -71,7 +71,29 @@ def _bam_ssmax(params, query, key, value, **options):
     return oracles.attention(query, key, value, modifiers=[_prior(params), sharpen], **options)
 
 
+def _linear_transformer(params, query, key, value, *, mask, dtype=np.float64, **options):
+    """Weights phi(q) . phi(k), over their sum and a millionth: elu + 1 written out."""
+    rounded = oracles.rounder(dtype)
+
+    def phi(x):
+        return rounded(np.where(x > 0, x + 1.0, np.exp(np.minimum(x, 0.0))))
+
+    num_queries, num_heads, num_keys = *query.shape[-3:-1], key.shape[-3]
+    i = options.get("query_offset", 0) + np.arange(num_queries)[:, None]
+    j = options.get("key_offset", 0) + np.arange(num_keys)[None, :]
+    visible = np.asarray(mask(i, j))
+    out = np.zeros((*query.shape[:-1], value.shape[-1]))
+    for n in range(num_heads):
+        m = n * key.shape[-2] // num_heads
+        weights = rounded(phi(query[..., n, :]) @ np.swapaxes(phi(key[..., m, :]), -1, -2))
+        weights = np.where(visible[..., 0, :, :], weights, 0.0)
+        total = rounded(rounded(weights.sum(-1, keepdims=True)) + 1e-6)
+        out[..., n, :] = rounded(rounded(weights @ value[..., m, :]) / total)
+    return (out, None) if options.get("return_lse") else out
+
+
 FORMULAS = {
+    "linear-transformer": _linear_transformer,
     "multi-head-attention": _plain,
     "memory-efficient-attention": _plain,
     "nope": _plain,

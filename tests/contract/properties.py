@@ -8,12 +8,15 @@ another which can.
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from attnlab import masks
+from attnlab.core.entry import RECURRENCE
 from attnlab.core.kernels import BACKENDS, interpret, missing
 from tests import oracles
 from tests.contract.formulas import FORMULAS
@@ -24,7 +27,6 @@ from tests.contract.subject import (
     WIDTH,
     Subject,
     draw,
-    example_mask,
     seed_of,
     subject,
 )
@@ -39,6 +41,7 @@ from tests.tolerances import (
 )
 
 PROPERTIES = {}
+CAUSAL = "causal self"
 
 
 def promise(words: str, *, claim: str | None = None, dtypes: tuple[str, ...] | None = None):
@@ -75,14 +78,24 @@ def on_this_machine(implementation: str):
 
 
 def _checked_refusal(words: str, implementation: str) -> str:
-    others = {"reference", "blockwise", "xla", "cudnn"} - {implementation}
+    others = {"reference", "blockwise", "xla", "cudnn", *RECURRENCE, "attnlab.attention"}
+    others -= {implementation}
     named = any(other in words for other in others)
     assert named, f"refuses without naming an implementation that can: {words}"
     return words
 
 
-def _visible(allowed):
-    return np.broadcast_to(allowed, (BATCH, HEADS, LENGTH, LENGTH)).any(-1).swapaxes(1, 2)
+def _visible(seen):
+    return np.broadcast_to(seen.dense, (BATCH, HEADS, LENGTH, LENGTH)).any(-1).swapaxes(1, 2)
+
+
+def _said(subject: Subject, seen, length=LENGTH):
+    """What a formula is told besides the arrays: who sees whom, and the layer's input."""
+    options = {"mask": oracles.array(seen.dense)}
+    if subject.reads_input:
+        (x,) = subject.cast((subject.input(length),))
+        options["x"] = np.broadcast_to(as_float64(x), (BATCH, *x.shape))
+    return options
 
 
 def _formula(subject: Subject, arrays, dtype=np.float64, **options):
@@ -97,7 +110,10 @@ def _formula(subject: Subject, arrays, dtype=np.float64, **options):
 
 @promise("The output is “*B T N D” in the dtype of the query, whatever the lengths and batch axes.")
 def shape_and_dtype(subject: Subject, key):
-    for batch, queries, keys in (((BATCH,), LENGTH, LENGTH), ((), 5, LENGTH), ((), 1, 3)):
+    sizes = [((BATCH,), LENGTH, LENGTH), ((), 1, 1)]
+    if "noncausal cross" in subject.entry.patterns:
+        sizes += [((), 5, LENGTH), ((), 1, 3)]
+    for batch, queries, keys in sizes:
         shapes = (
             (*batch, queries, HEADS, WIDTH),
             (*batch, keys, 2, WIDTH),
@@ -111,24 +127,26 @@ def shape_and_dtype(subject: Subject, key):
 
 @promise("Compiled and uncompiled, the same numbers.", dtypes=("float32",))
 def jit_equals_eager(subject: Subject, key):
-    arrays = draw(key)
+    arrays, seen = draw(key), subject.example()
     eager = subject.call(
         subject.state,
         *subject.cast(arrays),
-        mask=masks.ArrayMask(jnp.asarray(example_mask())),
+        mask=subject.mask(seen.arrays),
         query_offset=jnp.asarray(0, jnp.int32),
         key_offset=jnp.asarray(0, jnp.int32),
     )
-    assert_reordered(eager, as_float64(subject.with_mask(arrays, example_mask())), subject.dtype)
+    assert_reordered(eager, as_float64(subject.with_mask(arrays, seen)), subject.dtype)
 
 
 @promise("Mapped over a batch by vmap, the same numbers as with a batch axis.", dtypes=("float32",))
 def vmap_equals_batch(subject: Subject, key):
     arrays = subject.cast(draw(key))
-    mapped = jax.jit(
-        jax.vmap(lambda q, k, v: subject.call(subject.state, q, k, v, mask=masks.Causal()))
-    )(*arrays)
-    batched = subject.causal(subject.state, *arrays, jnp.asarray(0, jnp.int32))
+    mask = masks.Causal() if CAUSAL in subject.entry.patterns else None
+
+    def run(query, key, value):
+        return subject.call(subject.state, query, key, value, mask=mask)
+
+    mapped, batched = jax.jit(jax.vmap(run))(*arrays), jax.jit(run)(*arrays)
     assert_reordered(mapped, as_float64(batched), subject.dtype)
 
 
@@ -166,25 +184,23 @@ def bad_input_raises(subject: Subject, key):
 
 @promise("Errs no more than four times what the plain formula errs in the same dtype.")
 def within_budget(subject: Subject, key):
-    allowed = example_mask()
+    seen = subject.example()
     for magnitude in (1.0, 5.0):  # the second: scores of about 70
         arrays = draw(key, magnitude=magnitude)
-        out = subject.with_mask(arrays, allowed)
-        exact, _ = _formula(subject, arrays, mask=oracles.array(allowed))
-        plain, _ = _formula(subject, arrays, subject.dtype, mask=oracles.array(allowed))
+        out = subject.with_mask(arrays, seen)
+        exact, _ = _formula(subject, arrays, **_said(subject, seen))
+        plain, _ = _formula(subject, arrays, subject.dtype, **_said(subject, seen))
         words = f"scores times {magnitude**2:g}"
         assert_within_budget(out, exact, plain, subject.dtype, words=words)
 
 
 @promise("The log-sum-exp is that of the formula; -inf where a row sees nothing.", claim="lse")
 def log_sum_exp(subject: Subject, key):
-    arrays, allowed = draw(key), example_mask()
+    arrays, seen = draw(key), subject.example()
     _out, lse = jax.jit(
-        lambda *x: subject.call(
-            subject.state, *x, mask=masks.ArrayMask(jnp.asarray(allowed)), return_lse=True
-        )
+        lambda *x: subject.call(subject.state, *x, mask=subject.mask(seen.arrays), return_lse=True)
     )(*subject.cast(arrays))
-    options = {"mask": oracles.array(allowed)}
+    options = _said(subject, seen)
     (_, exact), (_, plain) = (
         _formula(subject, arrays, **options),
         _formula(subject, arrays, subject.dtype, **options),
@@ -192,8 +208,8 @@ def log_sum_exp(subject: Subject, key):
     assert lse.shape == (BATCH, HEADS, LENGTH)
     assert lse.dtype == jnp.float32, f"lse in {lse.dtype}"
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact))
-    seen = np.isfinite(exact)
-    assert_within_budget(np.asarray(lse)[seen], exact[seen], plain[seen], subject.dtype)
+    real = np.isfinite(exact)
+    assert_within_budget(np.asarray(lse)[real], exact[real], plain[real], subject.dtype)
 
 
 def _in_float64(subject: Subject):
@@ -206,7 +222,7 @@ def _in_float64(subject: Subject):
 
 @promise("The gradient is the slope: central differences in float64.", dtypes=("float32",))
 def gradient_vs_differences(subject: Subject, key):
-    arrays, allowed = draw(key), example_mask()
+    arrays, seen = draw(key), subject.example()
     rng = np.random.default_rng(seed_of(key) + 1)
     with jax.enable_x64(True):
         wide = _in_float64(subject)
@@ -217,7 +233,7 @@ def gradient_vs_differences(subject: Subject, key):
         def run(*flat):
             state, *inputs = jax.tree.unflatten(tree, flat)
             return wide.masked_gradient(
-                state, *map(jnp.asarray, inputs), jnp.asarray(allowed), jnp.asarray(read)
+                state, *map(jnp.asarray, inputs), seen.arrays, jnp.asarray(read)
             )
 
         gradient = jax.tree.leaves(run(*flat)[1])
@@ -232,17 +248,17 @@ def gradient_vs_differences(subject: Subject, key):
 
 @promise("The gradient is the slope of the float64 formula, for each input and each parameter.")
 def gradient_vs_float64(subject: Subject, key):
-    arrays, allowed = draw(key), example_mask()
+    arrays, seen = draw(key), subject.example()
     rng = np.random.default_rng(seed_of(key) + 2)
     read = rng.standard_normal(arrays[0].shape).astype(np.float32)
-    _, _, gradient = subject.gradients(arrays, allowed, read)
+    _, _, gradient = subject.gradients(arrays, seen, read)
     names = [*subject.params, "query", "key", "value"]
     exact = [*subject.params.values(), *map(as_float64, subject.cast(arrays))]
 
     def loss(*moved):
         params = dict(zip(names[:-3], moved[:-3], strict=True))
         formula = FORMULAS[subject.entry.id]
-        return np.sum(np.cos(formula(params, *moved[-3:], mask=oracles.array(allowed))) * read)
+        return np.sum(np.cos(formula(params, *moved[-3:], **_said(subject, seen))) * read)
 
     found = jax.tree.leaves(gradient)
     assert [np.shape(g) for g in found] == [np.shape(x) for x in exact]
@@ -263,10 +279,10 @@ def gradient_vs_float64(subject: Subject, key):
     "Scores of ten thousand and rows that see nothing: finite values, finite gradients, zeros."
 )
 def finite_at_extremes(subject: Subject, key):
-    allowed = example_mask()
-    blind = ~_visible(allowed)
+    seen = subject.example()
+    blind = ~_visible(seen)
     for magnitude in (1.0, 60.0):  # the second: scores of about 1e4
-        _, out, gradient = subject.gradients(draw(key, magnitude=magnitude), allowed)
+        _, out, gradient = subject.gradients(draw(key, magnitude=magnitude), seen)
         out = as_float64(out)
         assert np.all(np.isfinite(out)), f"not finite at scores times {magnitude**2:g}"
         assert np.all(out[blind] == 0), "a row that sees nothing is not zero"
@@ -278,20 +294,27 @@ def finite_at_extremes(subject: Subject, key):
 # ---- what may have no influence ------------------------------------------------------------------
 
 
-def _poison(x, where, seed):
-    poison = np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf], size=x.shape)
+def _poison(x, where, seed, subject=None):
+    """Something else where it should not matter: for a subject, what its matrices can bear."""
+    worst = [np.nan, np.inf, -np.inf]
+    if subject is not None and subject.entry.masks == "documents":
+        worst = [300.0, -300.0, 7.0]  # within a chunk a zero weight does meet what it weighs
+    poison = np.random.default_rng(seed).choice(worst, size=x.shape)
     return np.where(where, poison, x).astype(np.float32)
 
 
 @promise("Causal: no output depends on a later key or value, be it NaN; the Jacobian is exactly 0.")
 def no_leak_from_the_future(subject: Subject, key):
+    if CAUSAL not in subject.entry.patterns:
+        return "not causal"
     query, key_, value = draw(key)
     start = jnp.asarray(0, jnp.int32)
     out = as_float64(subject.causal(subject.state, *subject.cast((query, key_, value)), start))
     assert np.all(np.isfinite(out))
     for row in (0, 5):
         later = (np.arange(LENGTH) > row)[:, None, None]
-        bad = subject.cast((query, _poison(key_, later, row), _poison(value, later, row)))
+        worse = (_poison(x, later, row, subject) for x in (key_, value))
+        bad = subject.cast((query, *worse))
         poisoned = as_float64(subject.causal(subject.state, *bad, start))
         np.testing.assert_array_equal(poisoned[:, : row + 1], out[:, : row + 1], "the future leaks")
         cotangent = np.zeros(query.shape, np.float32)
@@ -302,18 +325,18 @@ def no_leak_from_the_future(subject: Subject, key):
         for gradient in map(as_float64, pulled):
             assert np.all(gradient[:, row + 1 :] == 0), "the Jacobian reaches the future"
         assert np.any(as_float64(pulled[1])[:, : row + 1] != 0), "the Jacobian reaches nothing"
+    return None
 
 
 @promise("Keys and values behind a mask may hold anything: no value and no gradient changes.")
 def masked_keys_have_no_influence(subject: Subject, key):
     query, key_, value = draw(key)
-    allowed = example_mask()
-    allowed[0, :, :, 10:] = False
-    hidden = ~allowed.any(axis=(1, 2))[..., None, None]
-    clean = subject.gradients((query, *(np.where(hidden, 0, x) for x in (key_, value))), allowed)
+    seen = subject.example(hide=True)
+    hidden = ~seen.dense.any(axis=(1, 2))[..., None, None]
+    clean = subject.gradients((query, *(np.where(hidden, 0, x) for x in (key_, value))), seen)
     bad = (query, *(_poison(x, hidden, n) for n, x in enumerate((key_, value))))
     for ours, expected in zip(
-        jax.tree.leaves(subject.gradients(bad, allowed)), jax.tree.leaves(clean), strict=True
+        jax.tree.leaves(subject.gradients(bad, seen)), jax.tree.leaves(clean), strict=True
     ):
         ours, expected = as_float64(ours), as_float64(expected)
         np.testing.assert_array_equal(ours, expected, "what is masked has influence")
@@ -329,8 +352,7 @@ def padding_changes_nothing(subject: Subject, key):
         lambda *x: subject.call(subject.state, *x, mask=masks.KeyPadding(jnp.full((BATCH,), real)))
     )
     alone = run(*subject.cast(x[:, :real] for x in (query, key_, value)))
-    lengths = np.broadcast_to(np.arange(LENGTH) < real, (BATCH, 1, LENGTH, LENGTH))
-    padded = subject.with_mask((query, key_, value), lengths)
+    padded = subject.with_mask((query, key_, value), subject.first(real))
     assert_reordered(padded[:, :real], as_float64(alone), subject.dtype)
 
 
@@ -353,10 +375,11 @@ def permutation_of_keys(subject: Subject, key):
 )
 def translation(subject: Subject, key):
     arrays = draw(key)
-    at_zero = as_float64(subject.with_mask(arrays, example_mask()))
+    seen = subject.example()
+    at_zero = as_float64(subject.with_mask(arrays, seen))
     # A rotation by a thousand positions has an angle rounded by a thousand times as much.
     for offset in (3, 1000):
-        moved = subject.with_mask(arrays, example_mask(), (offset, offset))
+        moved = subject.with_mask(arrays, seen, (offset, offset))
         scale = max(1.0, largest(at_zero)) * (
             1 + offset * epsilon(jnp.float32) / epsilon(subject.dtype)
         )
@@ -366,8 +389,9 @@ def translation(subject: Subject, key):
 @promise("Weights of a row that sees any key sum to one.", claim="rows-sum-to-one")
 def rows_sum_to_one(subject: Subject, key):
     query, key_, value = draw(key, magnitude=2.0)
-    out = as_float64(subject.with_mask((query, key_, np.ones_like(value)), example_mask()))
-    expected = np.broadcast_to(_visible(example_mask())[..., None], out.shape).astype(float)
+    seen = subject.example()
+    out = as_float64(subject.with_mask((query, key_, np.ones_like(value)), seen))
+    expected = np.broadcast_to(_visible(seen)[..., None], out.shape).astype(float)
     assert_reordered(out, expected, subject.dtype)
 
 
@@ -391,7 +415,7 @@ def decode_equals_prefill(subject: Subject, key):
     )
     for step in (0, 1, 6, LENGTH - 1):
         unwritten = (np.arange(LENGTH) > step)[:, None, None]
-        cache = (_poison(x, unwritten, step) for x in (key_, value))
+        cache = (_poison(x, unwritten, step, subject) for x in (key_, value))
         one = subject.cast((query[:, step : step + 1], *cache))
         out = subject.causal(subject.state, *one, jnp.asarray(step, jnp.int32))
         words = f"step {step}"
@@ -414,6 +438,47 @@ def deterministic_given_a_key(subject: Subject, key):
     assert np.mean(as_float64(run(first)) != plain) > 0.5, "nothing is dropped"
 
 
+# ---- states --------------------------------------------------------------------------------------
+
+
+@promise(
+    "Cut anywhere and continued from the state, a sequence gives the same numbers.", claim="state"
+)
+def state_continues(subject: Subject, key):
+    arrays = subject.cast(draw(key))
+    whole = as_float64(subject.causal(subject.state, *arrays, jnp.asarray(0, jnp.int32)))
+    module = nnx.merge(*subject.parts)
+    start = module.init_state((BATCH,), arrays[1].shape[-2], WIDTH, WIDTH)
+    sizes = [x.shape for x in jax.tree.leaves(start)]
+    assert sizes, "a state without arrays"
+    for cuts in ((0, 1, 7, LENGTH), (0, LENGTH - 1, LENGTH)):
+        past, parts = start, []
+        for first, last in itertools.pairwise(cuts):
+            piece = (x[:, first:last] for x in arrays)
+            offset = jnp.asarray(first, jnp.int32)
+            out, past = subject.call(
+                subject.state, *piece, mask=masks.Causal(), query_offset=offset, key_offset=offset,
+                initial_state=past, return_state=True, start=first,
+            )  # fmt: skip
+            parts.append(as_float64(out))
+            assert [x.shape for x in jax.tree.leaves(past)] == sizes, "the state changes its size"
+        assert_reordered(np.concatenate(parts, 1), whole, subject.dtype, words=f"cut at {cuts}")
+
+
+@promise("Parallel, chunked and recurrent are the same function.")
+def forms_agree(subject: Subject, key):
+    if subject.implementation not in RECURRENCE:
+        return "has one form"
+    arrays, seen = draw(key), subject.example()
+    first = subject.with_mask(arrays, seen)
+    for other in RECURRENCE:
+        same = Subject(subject.entry, subject.dtype, other)
+        assert_reordered(
+            same.with_mask(arrays, seen), as_float64(first), subject.dtype, words=other
+        )
+    return None
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
@@ -423,8 +488,8 @@ def deterministic_given_a_key(subject: Subject, key):
     dtypes=("float32",),
 )
 def memory_growth(subject: Subject, key):
-    if subject.implementation in ("reference", "xla"):
-        return "holds the score matrix; blockwise does not"
+    if subject.implementation in ("reference", "xla", "parallel"):
+        return "holds the score matrix; blockwise and chunked do not"
     if subject.implementation in BACKENDS and missing(subject.implementation):
         return "the memory of the interpreter is not the kernel's"
 
@@ -433,7 +498,8 @@ def memory_growth(subject: Subject, key):
         arrays = [jax.ShapeDtypeStruct(s, subject.dtype) for s in shapes]
 
         def loss(*x):
-            return jnp.sum(subject.call(subject.state, *x, mask=masks.Causal()))
+            mask = masks.Causal() if CAUSAL in subject.entry.patterns else None
+            return jnp.sum(subject.call(subject.state, *x, mask=mask))
 
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))  # the forward pass is part of it
         return run.lower(*arrays).compile().memory_analysis().temp_size_in_bytes

@@ -29,13 +29,38 @@ def draw(key, *, queries=LENGTH, keys=LENGTH, kv_heads=KV_HEADS, batch=(BATCH,),
     return tuple(x.astype(np.float32) for x in (magnitude * query, magnitude * key_, value))
 
 
-def example_mask() -> np.ndarray:
-    """(B, 1, T, S): the second batch entry has seven keys; one row of the first sees nothing."""
-    allowed = np.ones((BATCH, 1, LENGTH, LENGTH), bool)
-    allowed[1, :, :, 7:] = False
-    allowed[0, :, 4] = False
-    allowed[0, :, 6:, 9] = False
-    return allowed
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Which pairs meet: `dense` (B, 1, T, S), and `arrays` from which a mask is made."""
+
+    dense: np.ndarray
+    arrays: Any
+
+
+def pairs(dense) -> Seen:
+    return Seen(dense, dense)
+
+
+def documents(ids) -> Seen:
+    """Tokens of the same document; a negative id is padding."""
+    ids = np.asarray(ids, np.int32)
+    same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] >= 0)
+    return Seen(same[:, None], ids)
+
+
+def padded(queries, keys) -> Seen:
+    """The first so many queries and keys of each batch entry."""
+    place = np.arange(LENGTH)
+    real = [place < np.asarray(lengths)[:, None] for lengths in (queries, keys)]
+    dense = real[0][:, None, :, None] & real[1][:, None, None, :]
+    return Seen(dense, (np.asarray(queries, np.int32), np.asarray(keys, np.int32)))
+
+
+MASKS = {
+    "pairs": masks.ArrayMask,
+    "documents": masks.Segments,
+    "keys": lambda lengths: masks.QueryPadding(lengths[0]) & masks.KeyPadding(lengths[1]),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,58 +96,131 @@ class Subject:
     def state(self):
         return self.parts[1]
 
-    def call(self, state, query, key, value, **options):
-        """The mechanism itself; encodings that act on embeddings come in their function form."""
+    def call(self, state, query, key, value, *, start=0, **options):
+        """The mechanism itself; encodings that act on embeddings come in their function form.
+
+        Where it reads the layer's input, so does this: positions `start` to start + S of it.
+        """
         module = nnx.merge(self.parts[0], state)
         options.setdefault("implementation", self.implementation)
+        if self.implementation == "chunked" and key.shape[-3] <= 64:
+            options.setdefault("chunk_size", 5)  # several chunks, none of them whole
         if type(module).embed is not Mechanism.embed:
             return self.entry.function(query, key, value, **options)
-        return module(query, key, value, **options)
+        if not self.reads_input:
+            return module(query, key, value, **options)
+        x = jnp.asarray(self.input(key.shape[-3], start)).astype(query.dtype)
+        x = jnp.broadcast_to(
+            jnp.expand_dims(x, range(query.ndim - 3)), (*query.shape[:-3], *x.shape)
+        )
+        out = module(query, key, value, **module.controls(x), **options)
+        rows = x[..., : query.shape[-3], :]
+        if options.get("return_state"):
+            return module.finish(out[0], rows), out[1]
+        return module.finish(out, rows)
 
     def cast(self, arrays):
         return tuple(jnp.asarray(x).astype(self.dtype) for x in arrays)
+
+    # Who sees whom, said in the words that the mechanism understands.
+
+    @property
+    def is_causal(self) -> bool:
+        """Causal whatever the mask says."""
+        return not any(p.startswith("noncausal") for p in self.entry.patterns)
+
+    def example(self, *, hide=False) -> Seen:
+        """Keys missing, a row that sees nothing, pairs or documents apart; `hide`: more keys gone.
+
+        The second batch entry has seven keys; with `hide` the first has ten.
+        """
+        if self.entry.masks == "documents":
+            ids = [[0] * 4 + [-1] + [1] * 7, [0] * 7 + [-1] * 5]
+            ids[0][10:] = [-1, -1] if hide else [1, 1]
+            return self._seen(documents(ids))
+        if self.entry.masks == "keys":
+            return padded([LENGTH - 1, LENGTH], [10 if hide else LENGTH, 7])
+        allowed = np.ones((BATCH, 1, LENGTH, LENGTH), bool)
+        allowed[1, :, :, 7:] = False
+        allowed[0, :, 4] = False
+        allowed[0, :, 6:, 9] = False
+        if hide:
+            allowed[0, :, :, 10:] = False
+        return self._seen(pairs(allowed))
+
+    def first(self, real=LENGTH) -> Seen:
+        """The first `real` keys, and at least as many queries."""
+        if self.entry.masks == "keys":
+            return padded([LENGTH] * BATCH, [real] * BATCH)
+        keys = np.broadcast_to(np.arange(LENGTH) < real, (BATCH, LENGTH))
+        if self.entry.masks == "documents":
+            return self._seen(documents(np.where(keys, 0, -1)))
+        return self._seen(pairs(np.broadcast_to(keys[:, None, None], (BATCH, 1, LENGTH, LENGTH))))
+
+    def _seen(self, seen: Seen) -> Seen:
+        """The same, of keys that are not later where the mechanism is causal by itself."""
+        causal = np.tri(LENGTH, dtype=bool) if self.is_causal else np.ones((LENGTH, LENGTH), bool)
+        return dataclasses.replace(seen, dense=seen.dense & causal)
+
+    def mask(self, arrays):
+        return MASKS[self.entry.masks](jax.tree.map(jnp.asarray, arrays))
+
+    # The layer's input, from which some mechanisms compute decays, gates and the like.
+
+    @property
+    def reads_input(self) -> bool:
+        own = self.entry.module
+        return own.controls is not Mechanism.controls or own.finish is not Mechanism.finish
+
+    def input(self, length: int, start: int = 0):
+        """The same for every batch entry, "S F"."""
+        rng = np.random.default_rng(23)
+        wide = rng.standard_normal((max(64, start + length), HEADS * WIDTH))
+        return wide[start : start + length].astype(np.float32)
 
     # Compiled once for each subject and shape, used by many properties.
 
     @functools.cached_property
     def masked(self):
-        """(state, query, key, value, allowed, query_offset, key_offset) -> out."""
+        """(state, query, key, value, seen, query_offset, key_offset) -> out."""
 
-        def run(state, query, key, value, allowed, query_offset, key_offset):
+        def run(state, query, key, value, seen, query_offset, key_offset):
+            if self.entry.masks == "documents":
+                key_offset = query_offset  # as one, they are known to be the same
             return self.call(
                 state,
                 query,
                 key,
                 value,
-                mask=masks.ArrayMask(allowed),
+                mask=self.mask(seen),
                 query_offset=query_offset,
                 key_offset=key_offset,
             )
 
         return jax.jit(run)
 
-    def with_mask(self, arrays, allowed=None, offsets=(0, 0)):
-        allowed = np.ones((BATCH, 1, LENGTH, LENGTH), bool) if allowed is None else allowed
+    def with_mask(self, arrays, seen=None, offsets=(0, 0)):
+        seen = self.first() if seen is None else seen
         offsets = (jnp.asarray(o, jnp.int32) for o in offsets)
-        return self.masked(self.state, *self.cast(arrays), jnp.asarray(allowed), *offsets)
+        return self.masked(self.state, *self.cast(arrays), seen.arrays, *offsets)
 
     @functools.cached_property
     def masked_gradient(self):
         """Output, and the gradient of sum(cos(out) * read) for parameters and inputs."""
 
-        def loss(state, query, key, value, allowed, read):
-            out = self.call(state, query, key, value, mask=masks.ArrayMask(allowed))
+        def loss(state, query, key, value, seen, read):
+            out = self.call(state, query, key, value, mask=self.mask(seen))
             wide = out.astype(read.dtype)
             return jnp.sum(jnp.cos(wide) * read), out
 
         grad = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True)
         return jax.jit(grad)
 
-    def gradients(self, arrays, allowed=None, read=None):
-        allowed = np.ones((BATCH, 1, LENGTH, LENGTH), bool) if allowed is None else allowed
+    def gradients(self, arrays, seen=None, read=None):
+        seen = self.first() if seen is None else seen
         read = np.ones(arrays[0].shape, np.float32) if read is None else read
         (loss, out), gradient = self.masked_gradient(
-            self.state, *self.cast(arrays), jnp.asarray(allowed), jnp.asarray(read)
+            self.state, *self.cast(arrays), seen.arrays, jnp.asarray(read)
         )
         return loss, out, gradient
 

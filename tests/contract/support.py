@@ -11,7 +11,6 @@ import zlib
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16")
-IMPLEMENTATIONS = ("reference", "blockwise", "xla", "cudnn", "triton")
 FIELDS = ("entry", "property", "dtype", "implementation")
 
 _rows: dict[tuple[str, ...], dict[str, str]] = {}
@@ -69,7 +68,7 @@ def table():
     from tests.contract.properties import PROPERTIES
 
     for entry in atlas.entries().values():
-        for implementation in IMPLEMENTATIONS:
+        for implementation in entry.implementations:
             for dtype in DTYPES:
                 for name in PROPERTIES:
                     yield examine(entry, name, dtype, implementation)

@@ -8,12 +8,16 @@ from tests.contract.formulas import FORMULAS
 from tests.contract.properties import PROPERTIES
 
 ENTRIES = atlas.entries()
+SUBJECTS = [
+    pytest.param(entry, implementation, id=f"{id}-{implementation}")
+    for id, entry in ENTRIES.items()
+    for implementation in entry.implementations
+]
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
 @pytest.mark.parametrize("dtype", support.DTYPES)
-@pytest.mark.parametrize("implementation", support.IMPLEMENTATIONS)
-@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize(("entry", "implementation"), SUBJECTS)
 def test_promise(entry, implementation, dtype, name, record_property, request):
     if name == "bad input raises":
         request.getfixturevalue("as_users_run_it")
