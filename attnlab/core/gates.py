@@ -47,7 +47,7 @@ def control(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def unit(x: Float[Array, "*S H"], *, epsilon: float = 1e-6) -> Float[Array, "*S H"]:
-    """x / sqrt(sum x^2 + epsilon): length 1, and 0 with a finite gradient where x is 0."""
+    """Length 1, x / sqrt(sum x^2 + epsilon); 0 with a finite gradient where x is 0."""
     wide = x.astype(accumulator(x.dtype))
     total = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(total + epsilon)).astype(x.dtype)
@@ -56,14 +56,14 @@ def unit(x: Float[Array, "*S H"], *, epsilon: float = 1e-6) -> Float[Array, "*S 
 def rms_unit(
     x: Float[Array, "..."], *, epsilon: float, axes: int | tuple[int, ...] = -1
 ) -> Float[Array, "..."]:
-    """x / sqrt(mean x^2 + epsilon) over `axes`, without a gain."""
+    """Root mean square 1 over `axes`, x / sqrt(mean x^2 + epsilon), without a gain."""
     wide = x.astype(accumulator(x.dtype))
     mean = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
     return (wide * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype)
 
 
 def scaled(x: Float[Array, "..."], gain: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x times a gain over its last axes, in the dtype of x."""
+    """A product with a gain over its last axes, in the dtype of x."""
     gain = gain.astype(x.dtype)
     return x * jnp.expand_dims(gain, range(x.ndim - gain.ndim))
 
@@ -96,16 +96,16 @@ class Projection(nnx.Module):
         if bias is not None:
             self.bias = nnx.Param(jnp.broadcast_to(jnp.asarray(bias, jnp.float32), (count,)))
 
-    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T ..."]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "..."]:
         dtype = accumulator(x.dtype)
         out = x.astype(dtype) @ self.weight[...].astype(dtype)
         if self.bias is not None:
-            out = scaled_sum(out, self.bias[...])
+            out = shifted(out, self.bias[...])
         return out.reshape(*x.shape[:-1], *self.shape)
 
 
-def scaled_sum(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x plus a bias over its last axes, in the dtype of x."""
+def shifted(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A sum with a bias over its last axes, in the dtype of x."""
     bias = bias.astype(x.dtype)
     return x + jnp.expand_dims(bias, range(x.ndim - bias.ndim))
 
@@ -130,7 +130,7 @@ class SoftplusDecay(nnx.Module):
 
     def __call__(self, y: Float[Array, "*B T N"]) -> tuple[Array, Array]:
         """Step sizes and log decays "*B T N"."""
-        step = jax.nn.softplus(scaled_sum(y, self.dt_bias[...]))
+        step = jax.nn.softplus(shifted(y, self.dt_bias[...]))
         rate = jnp.exp(jnp.minimum(self.a_log[...], LARGEST_LOG_RATE))
         return step, -scaled(step, rate)
 

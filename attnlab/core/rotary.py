@@ -26,7 +26,8 @@ def turned(
     width = x.shape[-1]
     if width != 2 * frequency.shape[-1]:
         raise ValueError(
-            f"query, key: rotations need an even head width, {2 * frequency.shape[-1]}, got {width}."
+            "query, key: rotations need an even head width, twice the number of frequencies, "
+            f"{frequency.shape[-1]}, got {width}."
         )
     dtype = accumulator(x.dtype)
     position = (jnp.arange(x.shape[-3], dtype=jnp.int32) + offset).astype(dtype)

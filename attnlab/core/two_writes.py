@@ -55,6 +55,8 @@ def two_writes(
         log_decay = _real(log_decay, known.keys, log_decay.ndim - key.ndim + 2)
         log_decay = _woven(log_decay, jnp.zeros_like(log_decay), key.ndim - 3)
     nothing, axis = jnp.zeros_like(key), key.ndim - 3
+    first = 2 * query_offset  # the same number for both, where it is: a state asks for that
+    offsets = first, first if query_offset is key_offset else 2 * key_offset
     result = linear_attention(
         _woven(jnp.zeros_like(query), query, axis),
         _woven(direction, key, axis),
@@ -62,8 +64,8 @@ def two_writes(
         log_decay=log_decay,
         erase=_woven(erase, nothing, axis),
         mask=None if known.ids is None else Segments(jnp.repeat(known.ids, 2, axis=-1)),
-        query_offset=2 * query_offset,
-        key_offset=2 * key_offset,
+        query_offset=offsets[0],
+        key_offset=offsets[1],
         **options,
     )
     out, state = result if isinstance(result, tuple) else (result, None)

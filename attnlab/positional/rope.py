@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from attnlab.core.attention import attention, check_inputs
 from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.modules import Mechanism
+from attnlab.core.rotary import turned
 from attnlab.core.terms import accumulator
 
 
@@ -34,21 +35,8 @@ def rotate(
         raise ValueError(f"query, key: rotations need an even head width, got {width}.")
     if theta <= 0:
         raise ValueError(f"theta: expected a positive number, got {theta}.")
-    dtype = accumulator(x.dtype)
-    frequency = theta ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
-    position = (jnp.arange(x.shape[-3], dtype=jnp.int32) + offset).astype(dtype)
-    angle = position[:, None] * frequency[None, :]
-    angle = angle.reshape((1,) * (x.ndim - 3) + (angle.shape[0], 1, width // 2))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    wide = x.astype(dtype)
-    if interleaved:
-        a, b = wide[..., 0::2], wide[..., 1::2]
-    else:
-        a, b = jnp.split(wide, 2, axis=-1)
-    pair = (a * cos - b * sin, a * sin + b * cos)
-    if interleaved:
-        return jnp.stack(pair, axis=-1).reshape(x.shape).astype(x.dtype)
-    return jnp.concatenate(pair, axis=-1).astype(x.dtype)
+    frequency = theta ** (-jnp.arange(0, width, 2, dtype=accumulator(x.dtype)) / width)
+    return turned(x, frequency, offset=offset, interleaved=interleaved)
 
 
 def rope_attention(
