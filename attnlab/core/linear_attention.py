@@ -149,7 +149,9 @@ def _kept(x: Any, real: Any) -> Any:
 def _kept_decay(log_decay: Any, real: Any, shape: tuple[int, ...]) -> Any:
     """Decays that belong to a step, left out with it; one per head is a matter of positions."""
     steps = shape[:-2]
-    if real is None or jnp.ndim(log_decay) < 2 or jnp.shape(log_decay)[: len(steps)] != steps:
+    if real is None or log_decay is None:
+        return log_decay
+    if log_decay.ndim < 2 or log_decay.shape[: len(steps)] != steps:
         return log_decay
     real = jnp.broadcast_to(real, steps)
     real = real.reshape(*steps, *(1,) * (log_decay.ndim - len(steps)))
