@@ -84,8 +84,8 @@ def _solve(cut: Cut, steps: Steps, state: Array) -> tuple[Array, Array]:
 
 
 def _keep(cut: Cut, steps: Steps, state: Array) -> Any:
-    out, final, starts = forward(cut, steps, state, keep=True)
-    return (out, final), (steps, starts)
+    out, final, found = forward(cut, steps, state, keep=True)
+    return (out, final), (steps, found)
 
 
 def _pull(cut: Cut, kept: Any, cotangent: tuple[Array, Array]) -> tuple[Steps, Array]:
@@ -97,22 +97,22 @@ _solve.defvjp(_keep, _pull)
 
 def forward(
     cut: Cut, steps: Steps, state: Array, *, keep: bool = False
-) -> tuple[Array, Array, Array | None]:
-    """Output, last state, and with `keep` the states before each chunk, as `backward` wants."""
+) -> tuple[Array, Array, Any]:
+    """Output, last state, and with `keep` what `backward` wants."""
     plan = cut.plan(steps, False, cut.plan(steps, True).chunk if keep else None)
     flat = _flat(cut.backend, plan, steps)
     width, columns = flat.key.shape[-1], flat.value.shape[-1]
     start = _fit(state.astype(jnp.float32), width, columns)
     start = start.reshape(-1, width, columns)
-    out, final, starts = _run("forward", cut, plan, keep, (flat, start))
+    out, final, kept = _run("forward", cut, plan, keep, (flat, start))
     *lead, length, _ = steps.query.shape
     out = out.reshape(*lead, *out.shape[-2:])[..., :length, : steps.value.shape[-1]]
     final = final[:, : state.shape[-2], : state.shape[-1]].reshape(state.shape)
-    return out, final, starts
+    return out, final, kept
 
 
 def backward(
-    cut: Cut, steps: Steps, starts: Array, d_out: Array, d_final: Array
+    cut: Cut, steps: Steps, kept: Any, d_out: Array, d_final: Array
 ) -> tuple[Steps, Array]:
     """Cotangents of the steps and of the first state."""
     plan = cut.plan(steps, True)
@@ -120,7 +120,7 @@ def backward(
     (size, length, width), columns = flat.key.shape, flat.value.shape[-1]
     d_end = _fit(d_final, width, columns).reshape(size, width, columns)
     d_read = _fit(d_out, length, columns).reshape(size, -1, length, columns)
-    found, d_start = _run("backward", cut, plan, None, (flat, starts, d_read, d_end))
+    found, d_start = _run("backward", cut, plan, None, (flat, kept, d_read, d_end))
 
     def restore(d: Array, like: Array) -> Array:
         d = d[..., : like.shape[-2], : like.shape[-1]]

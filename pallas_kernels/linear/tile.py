@@ -2,9 +2,10 @@ r"""The mathematics of one chunk, the same on every device.
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t (v_t - S_{t-1}^T e_t)^T,      o_t = S_t^T q_t
 
-`advance` takes the state "H D" behind a chunk of C steps, `read` gives what one query head reads
-there; both are differentiated by `jax.vjp` within the kernel.  Arrays are 2-D and float32, and
-nothing is sliced, joined or reshaped: what depends on two positions is a product with a mask.
+`prepare` looks at a chunk of C steps alone, `step` takes the state "H D" behind it, `read` gives
+what one query head reads there; `jax.vjp` differentiates them within the kernel.  Arrays are 2-D
+and float32, and nothing is sliced, joined or reshaped: what depends on two positions is a product
+with a mask.
 
 The decay between two positions is a sum, within a 0/1 mask, of numbers <= 0; no sum is ever the
 difference of two, so no exponent is positive, nothing overflows, and no digit is lost beside a
@@ -70,7 +71,7 @@ class Device:
         return self.rule(multiply, lambda a, b: (multiply(a, b), (a, b)), pull)(a, b)
 
     def inner(self, rows: Array, keys: Array) -> Array:
-        """rows keys^T, exact also where both are multiplied in the half precision they came in."""
+        """Rows times keys^T, exact also where both are multiplied in the precision they came in."""
         if self.half is None:
             return self.product(rows, keys, right=True)
 
@@ -96,12 +97,9 @@ class Device:
 
 
 class Decay(NamedTuple):
-    """The log decays of a chunk, or none.
+    """The log decays of a chunk, or none; `pairs`, the same along each row, where channels agree."""
 
-    Per channel: `wide` "C H".  One to a step: each along a row, `wide` "C D" and `pairs` "C C".
-    """
-
-    wide: Float[Array, "C X"] | None = None
+    wide: Float[Array, "C H"] | None = None
     pairs: Float[Array, "C C"] | None = None
 
     @property
@@ -113,6 +111,42 @@ class Decay(NamedTuple):
         return Decay(*(x if x is None else jnp.where(x < FLOOR, FLOOR, x) for x in self))
 
 
+def prepare(
+    device: Device,
+    key: Float[Array, "C H"],
+    value: Float[Array, "C D"],
+    decay: Decay,
+    erase: Float[Array, "C H"] | None,
+) -> tuple[Float[Array, "C D"], Float[Array, "C H"] | None]:
+    """What the keys would write if the state were zero, and what they take of it: (U, W)."""
+    if erase is None:
+        return value, None
+    decay = decay.floored()
+    lower = _damped(device, erase, key, decay, BEFORE)
+    if decay.wide is not None:
+        erase = erase * jnp.exp(_sums(device, decay, BEFORE))
+    return _solve(device, lower, value, erase)
+
+
+def step(
+    device: Device,
+    state: Float[Array, "H D"],
+    key: Float[Array, "C H"],
+    fresh: Float[Array, "C D"],
+    taken: Float[Array, "C H"] | None,
+    decay: Decay,
+) -> tuple[Float[Array, "H D"], Float[Array, "C D"]]:
+    """The state behind a chunk, and what each of its keys writes, from what `prepare` gives."""
+    decay = decay.floored()
+    write = fresh if taken is None else fresh - device.product(taken, state)
+    if decay.wide is None:
+        return state + device.product(key, write, left=True), write
+    late = jnp.exp(_sums(device, decay, AFTER))
+    total = device.product(decay.wide, jnp.ones_like(fresh), left=True)
+    added = device.product(key * late, write, left=True)
+    return state * jnp.exp(total) + added, write
+
+
 def advance(
     device: Device,
     state: Float[Array, "H D"],
@@ -121,22 +155,9 @@ def advance(
     decay: Decay,
     erase: Float[Array, "C H"] | None,
 ) -> tuple[Float[Array, "H D"], Float[Array, "C D"]]:
-    """The state behind a chunk, and what each of its keys writes."""
-    decay = decay.floored()
-    write = value
-    if erase is not None:
-        write = write - _of_state(device, erase, state, decay, BEFORE)
-        write = _solve(device, _damped(device, erase, key, decay, BEFORE), write)
-    if decay.wide is None:
-        return state + device.product(key, write, left=True), write
-    late = jnp.exp(_sums(device, decay, AFTER))
-    if decay.shared:  # alike in all channels: it may stand with the values
-        total = device.product(jnp.ones_like(key), decay.wide, left=True)
-        added = device.product(key, write * late, left=True)
-    else:
-        total = device.product(decay.wide, jnp.ones_like(value), left=True)
-        added = device.product(key * late, write, left=True)
-    return state * jnp.exp(total) + added, write
+    """`step` after `prepare`."""
+    fresh, taken = prepare(device, key, value, decay, erase)
+    return step(device, state, key, fresh, taken, decay)
 
 
 def read(
@@ -150,17 +171,9 @@ def read(
     """What one head of queries reads in a chunk that starts with `state`."""
     decay = decay.floored()
     weights = _damped(device, query, key, decay, THROUGH)
-    return device.product(weights, write) + _of_state(device, query, state, decay, THROUGH)
-
-
-def _of_state(device: Device, rows: Array, state: Array, decay: Decay, upto: str) -> Array:
-    """What rows read of the state at the chunk's start, by then decayed."""
-    if decay.wide is None:
-        return device.product(rows, state)
-    damp = jnp.exp(_sums(device, decay, upto))
-    if decay.shared:
-        return device.product(rows, state) * damp
-    return device.product(rows * damp, state)
+    if decay.wide is not None:
+        query = query * jnp.exp(_sums(device, decay, THROUGH))
+    return device.product(weights, write) + device.product(query, state)
 
 
 def _damped(device: Device, rows: Array, keys: Array, decay: Decay, upto: str) -> Array:
@@ -183,7 +196,9 @@ def _damped(device: Device, rows: Array, keys: Array, decay: Decay, upto: str) -
 def _halves(device: Device, upto: str) -> Callable[..., Array]:
     """The damped products of all pairs but the diagonal, level by level."""
 
-    def level(number: Any, rows: Array, keys: Array, decay: Array) -> Array:
+    plain = dataclasses.replace(device, pulled=False)
+
+    def level(device: Device, number: Any, rows: Array, keys: Array, decay: Array) -> Array:
         """Rows of the second half of each block, keys of its first."""
         i, j = _places(len(keys))
         of_row, of_col = i >> number, j >> number
@@ -196,7 +211,7 @@ def _halves(device: Device, upto: str) -> Callable[..., Array]:
 
     def matrix(rows: Array, keys: Array, decay: Array) -> Array:
         def add(number: Any, total: Array) -> Array:
-            return total + level(number, rows, keys, decay)
+            return total + level(plain, number, rows, keys, decay)
 
         size = len(keys)
         return device.loop(0, _levels(size), add, jnp.zeros((size, size), jnp.float32))
@@ -204,7 +219,7 @@ def _halves(device: Device, upto: str) -> Callable[..., Array]:
     def pull(kept: Any, cotangent: Array) -> Any:
         # All of a level is computed again: nothing of one lives on beside another.
         def add(number: Any, totals: Any) -> Any:
-            parts = jax.vjp(functools.partial(level, number), *kept)[1](cotangent)
+            parts = jax.vjp(functools.partial(level, device, number), *kept)[1](cotangent)
             return tuple(t + part for t, part in zip(totals, parts, strict=True))
 
         start = tuple(map(jnp.zeros_like, kept))
@@ -213,8 +228,8 @@ def _halves(device: Device, upto: str) -> Callable[..., Array]:
     return device.rule(matrix, lambda *x: (matrix(*x), x), pull)
 
 
-def _solve(device: Device, lower: Array, write: Array) -> Array:
-    """(I + L)^-1 applied to what would be written; L strictly lower triangular."""
+def _solve(device: Device, lower: Array, *sides: Array) -> tuple[Array, ...]:
+    """(I + L)^-1 applied to right-hand sides; L strictly lower triangular."""
 
     def inverse(lower: Array) -> Array:
         i, j = _places(len(lower))
@@ -231,20 +246,22 @@ def _solve(device: Device, lower: Array, write: Array) -> Array:
         start = jnp.where(i == j, 1.0, 0.0) - below(jnp.int32(0))
         return device.loop(1, _levels(len(lower)), double, start)
 
-    def solve(lower: Array, write: Array) -> Array:
-        return device.dot(inverse(lower), write, False, False)
-
-    def keep(lower: Array, write: Array) -> Any:
+    def solve(lower: Array, *sides: Array) -> tuple[Array, ...]:
         found = inverse(lower)
-        write = device.dot(found, write, False, False)
-        return write, (found, write)
+        return tuple(device.dot(found, x, False, False) for x in sides)
 
-    def pull(kept: Any, cotangent: Array) -> tuple[Array, Array]:
-        found, write = kept
-        d_write = device.dot(found, cotangent, True, False)
-        return -device.dot(d_write, write, False, True), d_write
+    def keep(lower: Array, *sides: Array) -> Any:
+        found = inverse(lower)
+        solved = tuple(device.dot(found, x, False, False) for x in sides)
+        return solved, (found, solved)
 
-    return device.rule(solve, keep, pull)(lower, write)
+    def pull(kept: Any, cotangents: tuple[Array, ...]) -> tuple[Array, ...]:
+        found, solved = kept
+        d_sides = [device.dot(found, c, True, False) for c in cotangents]
+        parts = [device.dot(d, x, False, True) for d, x in zip(d_sides, solved, strict=True)]
+        return -sum(parts[1:], parts[0]), *d_sides
+
+    return device.rule(solve, keep, pull)(lower, *sides)
 
 
 def _sums(device: Device, decay: Decay, upto: str) -> Array:

@@ -1,13 +1,16 @@
 """The linear-state recurrence for GPUs from Ampere on, through Triton.
 
-One program owns one key head and a block of the state's columns, and walks the chunks of a sequence
-in order; the state stays in registers.  The backward pass walks them from the last to the first,
-with the state at the start of each chunk as the forward pass kept it, and the cotangent of the
-state in registers.
+Only what must be is done in sequence: `linear_scan` takes the state from chunk to chunk, a program
+for each key head and block of the state's columns, and writes down where each chunk starts.  What a
+chunk needs for it (`linear_prepare`, with `erase`) and what its queries read (`linear_read`) is
+done for all chunks at once.  The backward pass turns the three around: cotangents of reads, then
+of states, from the last chunk to the first, then of all that was written.
 """
 
 import contextvars
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,188 +57,281 @@ def _dot(a: Array, b: Array, trans_a: bool, trans_b: bool) -> Array:
     return plgpu.dot(a, b, trans_a, trans_b, precision=precision).astype(jnp.float32)
 
 
-class _Chunk:
-    """The refs of a call, read chunk by chunk."""
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """Where a program is: key head, chunk, block of value columns."""
 
-    def __init__(self, plan: Plan, refs: Steps, p: Any, block: Any) -> None:
-        self.plan, self.refs, self.p = plan, refs, p
-        self.columns = pl.ds(block * plan.value_block, plan.value_block)
+    plan: Plan
+    p: Any
+    chunk: Any
+    block: Any
 
-    def rows(self, number: Any) -> Any:
-        return pl.ds(number * self.plan.chunk, self.plan.chunk)
+    @property
+    def rows(self) -> Any:
+        return pl.ds(self.chunk * self.plan.chunk, self.plan.chunk)
+
+    @property
+    def columns(self) -> Any:
+        return pl.ds(self.block * self.plan.value_block, self.plan.value_block)
+
+    def keys(self, ref: Any) -> Array | None:
+        return None if ref is None else ref[self.p, self.rows, :].astype(jnp.float32)
+
+    def values(self, ref: Any) -> Array:
+        return ref[self.p, self.rows, self.columns].astype(jnp.float32)
+
+    def queries(self, ref: Any, member: Any) -> Array:
+        return ref[self.p, member, self.rows, :].astype(jnp.float32)
+
+    def outputs(self, ref: Any, member: Any) -> Array:
+        return ref[self.p, member, self.rows, self.columns].astype(jnp.float32)
 
     def state(self, ref: Any) -> Array:
-        return ref[self.p, :, self.columns]
+        return ref[self.p, self.chunk, :, self.columns]
 
-    def decay(self, number: Any) -> Decay:
-        ref, rows = self.refs.log_decay, self.rows(number)
-        if ref is None:
+    def decay(self, steps: Steps) -> Decay:
+        if steps.log_decay is None:
             return Decay()
-        if ref.shape[-1] > 1:
-            return Decay(ref[self.p, rows, :].astype(jnp.float32))
-        size, width = self.plan.chunk, self.plan.value_block
-        g = ref[self.p, rows, 0].astype(jnp.float32)[:, None]
-        return Decay(*(jnp.broadcast_to(g, (size, n)) for n in (width, size)))
+        if steps.decay == "channel":
+            return Decay(steps.log_decay[self.p, self.rows, :])
+        g = steps.log_decay[self.p, self.rows, 0][:, None]
+        widths = steps.key.shape[-1], self.plan.chunk
+        return Decay(*(jnp.broadcast_to(g, (self.plan.chunk, n)) for n in widths))
 
-    def written(self, number: Any) -> tuple[Array, Array, Decay, Array | None]:
-        """Key, value, decay and erase."""
-        refs, rows = self.refs, self.rows(number)
-        key = refs.key[self.p, rows, :].astype(jnp.float32)
-        value = refs.value[self.p, rows, self.columns].astype(jnp.float32)
-        erase = None if refs.erase is None else refs.erase[self.p, rows, :].astype(jnp.float32)
-        return key, value, self.decay(number), erase
-
-    def query(self, number: Any, member: Any) -> Array:
-        return self.refs.query[self.p, member, self.rows(number), :].astype(jnp.float32)
+    def put_decay(self, ref: Any, d: Decay) -> None:
+        """The cotangent of this block of columns."""
+        if d.shared:
+            ref[self.block, self.p, self.rows, 0] = sum(jnp.sum(x, axis=1) for x in d)
+        elif ref is not None:
+            ref[self.block, self.p, self.rows, :] = d.wide
 
 
-def _forward_kernel(plan: Plan, tree: Any, half: Any, keep: bool, *refs: Any) -> None:
-    *inputs, out_ref, final_ref = refs[:-1] if keep else refs
-    steps, initial_ref = jax.tree.unflatten(tree, inputs)
-    device = Device(_dot, half)
-    p, block = pl.program_id(0), pl.program_id(1)
-    chunk = _Chunk(plan, steps, p, block)
+# -- forward -------------------------------------------------------------------------------------
 
-    def step(number: Any, state: Array) -> Array:
-        if keep:
-            refs[-1][p, number, :, chunk.columns] = state
-        key, value, decay, erase = chunk.written(number)
-        following, write = tile.advance(device, state, key, value, decay, erase)
 
-        def one(member: Any, carry: Any) -> Any:
-            query = chunk.query(number, member)
-            out = tile.read(device, state, query, key, write, decay)
-            out_ref[p, member, chunk.rows(number), chunk.columns] = out.astype(out_ref.dtype)
-            return carry
+def _prepare(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
+    steps, (fresh_ref, taken_ref) = inputs, outputs
+    fresh, taken = tile.prepare(
+        device, at.keys(steps.key), at.keys(steps.value), at.decay(steps), at.keys(steps.erase)
+    )
+    fresh_ref[at.p, at.rows, :] = fresh
+    taken_ref[at.p, at.rows, :] = taken
 
-        _for_each(steps.query.shape[1], one, jnp.int32(0))
-        return following
 
-    count, _ = sizes(steps, plan)
-    final = jax.lax.fori_loop(0, count, step, chunk.state(initial_ref))
-    final_ref[p, :, chunk.columns] = final
+def _scan(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
+    steps, fresh_ref, taken_ref, initial_ref = inputs
+    starts_ref, final_ref, write_ref = outputs
+
+    def visit(chunk: Any, state: Array) -> Array:
+        here = dataclasses.replace(at, chunk=chunk)
+        starts_ref[at.p, chunk, :, at.columns] = state
+        state, write = tile.step(
+            device, state, here.keys(steps.key), here.values(fresh_ref), here.keys(taken_ref),
+            here.decay(steps),
+        )  # fmt: skip
+        if write_ref is not None:
+            write_ref[at.p, here.rows, at.columns] = write
+        return state
+
+    count, _ = sizes(steps, at.plan)
+    first = initial_ref[at.p, :, at.columns]
+    final_ref[at.p, :, at.columns] = jax.lax.fori_loop(0, jnp.int32(count), visit, first)
+
+
+def _read(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
+    steps, write_ref, starts_ref = inputs
+    (out_ref,) = outputs
+    state, key, write, decay = (
+        at.state(starts_ref), at.keys(steps.key), at.values(write_ref), at.decay(steps)
+    )  # fmt: skip
+
+    def each(member: Any, carry: Any) -> Any:
+        query = at.queries(steps.query, member)
+        out = tile.read(device, state, query, key, write, decay)
+        out_ref[at.p, member, at.rows, at.columns] = out.astype(out_ref.dtype)
+        return carry
+
+    _for_each(steps.query.shape[1], each, jnp.int32(0))
 
 
 def _for_each(count: int, body: Callable, state: Any) -> Any:
-    return body(0, state) if count == 1 else jax.lax.fori_loop(0, count, body, state)
-
-
-def _backward_kernel(plan: Plan, tree: Any, half: Any, *refs: Any) -> None:
-    inputs, outputs = refs[: tree.num_leaves], refs[tree.num_leaves :]
-    steps, starts_ref, d_out_ref, d_final_ref = jax.tree.unflatten(tree, inputs)
-    d_initial_ref, *d_refs = outputs
-    d_steps = jax.tree.unflatten(jax.tree.structure(steps), d_refs)
-    device = Device(_dot, half, pulled=True)
-    p, block = pl.program_id(0), pl.program_id(1)
-    chunk = _Chunk(plan, steps, p, block)
-    count, _ = sizes(steps, plan)
-
-    def step(number: Any, d_following: Array) -> Array:
-        number = count - 1 - number
-        rows = chunk.rows(number)
-        state = starts_ref[p, number, :, chunk.columns]
-        key, value, decay, erase = chunk.written(number)
-        (_, write), pull = jax.vjp(
-            functools.partial(tile.advance, device), state, key, value, decay, erase
-        )
-
-        def one(member: Any, totals: Any) -> Any:
-            query = chunk.query(number, member)
-            d_out = d_out_ref[p, member, rows, chunk.columns].astype(jnp.float32)
-            at = (state, query, key, write, decay)
-            d_state, d_query, *parts = jax.vjp(functools.partial(tile.read, device), *at)[1](d_out)
-            ref = d_steps.query
-            ref[block, p, member, rows, :] = d_query.astype(ref.dtype)
-            return jax.tree.map(jnp.add, totals, (d_state, *parts))
-
-        start = jax.tree.map(jnp.zeros_like, (state, key, write, decay))
-        d_state, d_key, d_write, d_decay = _for_each(steps.query.shape[1], one, start)
-        more = pull((d_following, d_write))
-        d_state, d_key, d_decay = jax.tree.map(
-            jnp.add, (d_state, d_key, d_decay), (more[0], more[1], more[3])
-        )
-        for ref, d in ((d_steps.key, d_key), (d_steps.erase, more[4])):
-            if ref is not None:
-                ref[block, p, rows, :] = d.astype(ref.dtype)
-        d_steps.value[p, rows, chunk.columns] = more[2].astype(d_steps.value.dtype)
-        if decay.shared:
-            d_steps.log_decay[block, p, rows, 0] = sum(jnp.sum(d, axis=1) for d in d_decay)
-        elif d_steps.log_decay is not None:
-            d_steps.log_decay[block, p, rows, :] = d_decay.wide
-        return d_state
-
-    d_state = jax.lax.fori_loop(0, count, step, chunk.state(d_final_ref))
-    d_initial_ref[p, :, chunk.columns] = d_state
-
-
-def _call(
-    kernel: Callable, plan: Plan, grid: tuple[int, ...], inputs: Any, out: Any, name: str,
-    interpret: Any,
-) -> Any:  # fmt: skip
-    flat, tree = jax.tree.flatten(inputs)
-
-    def traced(*refs: Any) -> None:
-        token = _interpreted.set(bool(interpret))
-        try:
-            kernel(tree, *refs)
-        finally:
-            _interpreted.reset(token)
-
-    return pl.pallas_call(
-        traced,
-        grid=grid,
-        out_shape=out,
-        interpret=bool(interpret),
-        compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=plan.stages),
-        name=name,
-    )(*flat)
+    return body(0, state) if count == 1 else jax.lax.fori_loop(0, jnp.int32(count), body, state)
 
 
 def forward(
     plan: Plan, steps: Steps, state: Array, *, keep: bool = False, interpret: Any = False
-) -> tuple[Array, Array, Array | None]:
-    """Output "P G T D", the last state, and with `keep` the states before chunks, "P C H D"."""
-    count, blocks = sizes(steps, plan)
-    shape = (*steps.query.shape[:3], steps.value.shape[-1])
-    out = [
-        jax.ShapeDtypeStruct(shape, steps.query.dtype),
-        jax.ShapeDtypeStruct(state.shape, jnp.float32),
-    ]
-    if keep:
-        shape = (state.shape[0], count, *state.shape[1:])
-        out.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+) -> tuple[Array, Array, Any]:
+    """Output "P G T D", the last state, and with `keep` what `backward` wants."""
+    run = functools.partial(_call, plan, steps, interpret)
+    count, _ = sizes(steps, plan)
+    value, fresh, taken = steps.value.shape, steps.value, None
+    writes = None
+    if steps.erase is not None:
+        out = _float32(value), _float32(steps.key.shape)
+        fresh, taken = run(_prepare, "pc", steps, out, "linear_prepare")
+        writes = _float32(value)
+    out = _float32((len(state), count, *state.shape[1:])), _float32(state.shape), writes
+    starts, final, write = run(_scan, "pb", (steps, fresh, taken, state), out, "linear_scan")
+    write = steps.value if write is None else write
+    shape = (*steps.query.shape[:3], value[-1])
+    out = (jax.ShapeDtypeStruct(shape, steps.query.dtype),)
+    (out,) = run(_read, "pcb", (steps, write, starts), out, "linear_read")
+    return out, final, (starts, taken, write) if keep else None
 
-    def kernel(tree: Any, *refs: Any) -> None:
-        _forward_kernel(plan, tree, steps.half, keep, *refs)
 
-    grid = (state.shape[0], blocks)
-    found = _call(kernel, plan, grid, (steps, state), tuple(out), "linear_forward", interpret)
-    return found if keep else (*found, None)
+# -- backward ------------------------------------------------------------------------------------
+
+
+def _read_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
+    steps, write_ref, starts_ref, d_out_ref = inputs
+    d_starts_ref, d_query_ref, d_key_ref, d_write_ref, d_decay_ref = outputs
+    shared = (
+        at.state(starts_ref), at.keys(steps.key), at.values(write_ref), at.decay(steps)
+    )  # fmt: skip
+
+    def each(member: Any, totals: Any) -> Any:
+        state, *rest = shared
+        d_out = at.outputs(d_out_ref, member)
+        at_query = state, at.queries(steps.query, member), *rest
+        pull = jax.vjp(functools.partial(tile.read, device), *at_query)[1]
+        d_state, d_query, *parts = pull(d_out)
+        d_query_ref[at.block, at.p, member, at.rows, :] = d_query.astype(d_query_ref.dtype)
+        return jax.tree.map(jnp.add, totals, (d_state, *parts))
+
+    start = jax.tree.map(jnp.zeros_like, shared)
+    d_state, d_key, d_write, d_decay = _for_each(steps.query.shape[1], each, start)
+    d_starts_ref[at.p, at.chunk, :, at.columns] = d_state
+    d_key_ref[at.block, at.p, at.rows, :] = d_key
+    d_write_ref[at.p, at.rows, at.columns] = d_write
+    at.put_decay(d_decay_ref, d_decay)
+
+
+def _scan_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
+    """The cotangent of the state, from the last chunk to the first."""
+    steps, taken_ref, d_starts_ref, d_write_ref, d_final_ref = inputs
+    d_ends_ref, d_initial_ref = outputs
+    count, _ = sizes(steps, at.plan)
+
+    def visit(number: Any, d_end: Array) -> Array:
+        here = dataclasses.replace(at, chunk=count - 1 - number)
+        d_ends_ref[at.p, here.chunk, :, at.columns] = d_end
+        key, taken, decay = here.keys(steps.key), here.keys(taken_ref), here.decay(steps)
+        d_write = here.values(d_write_ref)
+
+        def from_state(state: Array, fresh: Array) -> Any:
+            return tile.step(device, state, key, fresh, taken, decay)
+
+        # Linear: at which state does not matter.
+        pull = jax.vjp(from_state, jnp.zeros_like(d_end), jnp.zeros_like(d_write))[1]
+        return pull((d_end, d_write))[0] + here.state(d_starts_ref)
+
+    last = d_final_ref[at.p, :, at.columns]
+    d_initial_ref[at.p, :, at.columns] = jax.lax.fori_loop(0, jnp.int32(count), visit, last)
+
+
+def _write_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
+    steps, starts_ref, d_ends_ref, d_write_ref, more_key_ref, more_decay_ref = inputs
+    d_key_ref, d_value_ref, d_decay_ref, d_erase_ref = outputs
+    key, value, decay = at.keys(steps.key), at.values(steps.value), at.decay(steps)
+    state, erase = at.state(starts_ref), at.keys(steps.erase)
+
+    def advance(key: Array, value: Array, decay: Decay, erase: Array | None) -> Any:
+        return tile.advance(device, state, key, value, decay, erase)
+
+    pull = jax.vjp(advance, key, value, decay, erase)[1]
+    d_key, d_value, d_decay, d_erase = pull((at.state(d_ends_ref), at.values(d_write_ref)))
+    part = (at.block, at.p, at.rows)
+    d_key_ref[*part, :] = (d_key + more_key_ref[*part, :]).astype(d_key_ref.dtype)
+    d_value_ref[at.p, at.rows, at.columns] = d_value.astype(d_value_ref.dtype)
+    if d_erase_ref is not None:
+        d_erase_ref[*part, :] = d_erase.astype(d_erase_ref.dtype)
+    if decay.shared:
+        d_decay_ref[*part, 0] = sum(
+            (jnp.sum(x, axis=1) for x in d_decay), start=more_decay_ref[*part, 0]
+        )
+    elif d_decay_ref is not None:
+        d_decay_ref[*part, :] = d_decay.wide + more_decay_ref[*part, :]
 
 
 def backward(
-    plan: Plan, steps: Steps, starts: Array, d_out: Array, d_final: Array, *,
-    interpret: Any = False,
-) -> tuple[Steps, Array]:  # fmt: skip
+    plan: Plan, steps: Steps, kept: Any, d_out: Array, d_final: Array, *, interpret: Any = False
+) -> tuple[Steps, Array]:
     """The cotangents of the steps and of the first state, from those of what `forward` gave."""
+    run = functools.partial(_call, plan, steps, interpret)
+    starts, taken, write = kept
     blocks = sizes(steps, plan)[1]
 
-    def partial_sums(x: Array) -> jax.ShapeDtypeStruct:
-        dtype = x.dtype if blocks == 1 else jnp.float32
+    def part(x: Array | None, dtype: Any = None) -> Any:
+        """One for each block of columns, to be summed."""
+        if x is None:
+            return None
+        dtype = dtype or (x.dtype if blocks == 1 else jnp.float32)
         return jax.ShapeDtypeStruct((blocks, *x.shape), dtype)
 
-    out = jax.tree.map(partial_sums, steps)
-    out = out._replace(value=jax.ShapeDtypeStruct(steps.value.shape, steps.value.dtype))
-
-    def kernel(tree: Any, *refs: Any) -> None:
-        _backward_kernel(plan, tree, steps.half, *refs)
-
-    d_state, *found = _call(
-        kernel, plan, (d_final.shape[0], blocks), (steps, starts, d_out, d_final),
-        (jax.ShapeDtypeStruct(d_final.shape, jnp.float32), *jax.tree.leaves(out)),
-        "linear_backward", interpret,
+    out = (
+        _float32(starts.shape), part(steps.query), part(steps.key, jnp.float32),
+        _float32(write.shape), part(steps.log_decay),
     )  # fmt: skip
-    d_steps = jax.tree.unflatten(jax.tree.structure(out), found)
-    value = d_steps.value
-    d_steps = jax.tree.map(lambda x: x[0] if blocks == 1 else jnp.sum(x, 0), d_steps)
-    return d_steps._replace(value=value), d_state
+    d_starts, d_query, more_key, d_write, more_decay = run(
+        _read_back, "pcb", (steps, write, starts, d_out), out, "linear_read_back"
+    )
+    d_ends, d_state = run(
+        _scan_back, "pb", (steps, taken, d_starts, d_write, d_final),
+        (_float32(starts.shape), _float32(d_final.shape)), "linear_scan_back",
+    )  # fmt: skip
+    out = (
+        part(steps.key), jax.ShapeDtypeStruct(steps.value.shape, steps.value.dtype),
+        part(steps.log_decay), part(steps.erase),
+    )  # fmt: skip
+    d_key, d_value, d_decay, d_erase = run(
+        _write_back, "pcb", (steps, starts, d_ends, d_write, more_key, more_decay), out,
+        "linear_write_back",
+    )  # fmt: skip
+
+    def whole(x: Array | None) -> Array | None:
+        return x if x is None else x[0] if blocks == 1 else jnp.sum(x, 0)
+
+    d_query, d_key, d_decay, d_erase = map(whole, (d_query, d_key, d_decay, d_erase))
+    return Steps(d_query, d_key, d_value, d_decay, d_erase), d_state
+
+
+# -- launching -----------------------------------------------------------------------------------
+
+
+def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _call(
+    plan: Plan, steps: Steps, interpret: Any, kernel: Callable, axes: str, inputs: Any, out: Any,
+    name: str,
+) -> Any:  # fmt: skip
+    """`kernel(device, at, inputs, outputs)` over the named axes: key heads, chunks, blocks."""
+    flat, tree = jax.tree.flatten(inputs)
+    shapes, out_tree = jax.tree.flatten(out)
+    count, blocks = sizes(steps, plan)
+    full = {"p": len(steps.key), "c": count, "b": blocks}
+    device = Device(_dot, steps.half, pulled=name.endswith("back"))
+
+    def traced(*refs: Any) -> None:
+        places, number = dict.fromkeys("pcb", jnp.int32(0)), pl.program_id(0)
+        for axis in reversed(axes):
+            size = jnp.int32(full[axis])
+            places[axis], number = jax.lax.rem(number, size), jax.lax.div(number, size)
+        at = _At(plan, *(places[axis] for axis in "pcb"))
+        token = _interpreted.set(bool(interpret))
+        try:
+            given = jax.tree.unflatten(tree, refs[: len(flat)])
+            kernel(device, at, given, jax.tree.unflatten(out_tree, refs[len(flat) :]))
+        finally:
+            _interpreted.reset(token)
+
+    found = pl.pallas_call(
+        traced,
+        grid=(math.prod(full[axis] for axis in axes),),
+        out_shape=shapes,
+        interpret=bool(interpret),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=plan.stages),
+        name=name,
+    )(*flat)
+    return jax.tree.unflatten(out_tree, found)
