@@ -95,7 +95,7 @@ def _attend(
     known = layout(mask, lengths, offsets)
     stateful = initial_state is not None or return_state
     if known is None:
-        _check_pairs(mask, stateful, **options)
+        _check_pairs(mask, stateful, dict(options))
         mask = mask & Causal() if causal else mask
         return _pairs(query, key, value, mask, offsets, by_channel).astype(dtype)
     if known.keys is not None:
@@ -145,7 +145,7 @@ def _query_features(query: Array, past: Past, by_channel: bool) -> Array:
     return jnp.exp(moved - jax.lax.stop_gradient(jnp.max(moved, -1, keepdims=True)))
 
 
-def _check_pairs(mask: Mask, stateful: bool, **options: Any) -> None:
+def _check_pairs(mask: Mask, stateful: bool, options: dict[str, Any]) -> None:
     """Options of a call whose mask picks pairs."""
     implementation = options.pop("implementation", "auto")
     taken = ("mask", "query_offset", "key_offset", "chunk_size")
