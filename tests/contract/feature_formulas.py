@@ -1,0 +1,77 @@
+"""Formulas of linear attention by feature maps, over all pairs and in float64."""
+
+import numpy as np
+
+from tests import oracles
+
+
+def _visible(mask, query, key, query_offset, key_offset):
+    """Who sees whom, "*B N T S"."""
+    i = query_offset + np.arange(query.shape[-3])[:, None]
+    j = key_offset + np.arange(key.shape[-3])[None, :]
+    allowed = np.ones((1, 1), bool) if mask is None else np.asarray(mask(i, j), bool)
+    shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
+    return np.broadcast_to(allowed, shape)
+
+
+def _per_head(function):
+    """A formula from `function(rounded, params, q, k, v, seen, place)` of a head: (T, H), (T, S).
+
+    `params` are those given, `head` among them; `place` are the positions of queries and keys.
+    """
+
+    def formula(
+        params, query, key, value, *, mask=None, query_offset=0, key_offset=0, dtype=np.float64,
+        return_lse=False, **_,
+    ):  # fmt: skip
+        rounded = oracles.rounder(dtype)
+        query, key, value = rounded(query), rounded(key), rounded(value)
+        visible = _visible(mask, query, key, query_offset, key_offset)
+        place = (
+            query_offset + np.arange(query.shape[-3]),
+            key_offset + np.arange(key.shape[-3]),
+        )
+        out = np.zeros((*query.shape[:-1], value.shape[-1]))
+        group = query.shape[-2] // key.shape[-2]
+        for at in np.ndindex(*query.shape[:-3], query.shape[-2]):
+            *row, n = at
+            q, k, v = (
+                query[(*row, slice(None), n)],
+                *(x[(*row, slice(None), n // group)] for x in (key, value)),
+            )
+            seen = visible[at]
+            out[(*row, slice(None), n)] = function(
+                rounded, params | {"head": n}, q, k, v, seen, place
+            )
+        return (out, None) if return_lse else out
+
+    return formula
+
+
+def _divided(rounded, weights, value, total=None):
+    total = rounded(np.sum(weights, -1, keepdims=True)) if total is None else total
+    return rounded(rounded(weights @ value) / np.where(total == 0, 1.0, total))
+
+
+def _softmax_of_logs(rounded, query, key, value, seen):
+    """Weights sum_h exp(q_th + k_sh), their sum over h taken in the logarithm."""
+    with np.errstate(over="ignore"):
+        logits = np.logaddexp.reduce(rounded(query[:, None, :] + key[None, :, :]), axis=-1)
+    logits = np.where(seen, rounded(logits), -np.inf)
+    top = np.max(logits, -1, keepdims=True)
+    weights = rounded(np.exp(rounded(logits - np.where(np.isfinite(top), top, 0.0))))
+    return _divided(rounded, weights, value)
+
+
+@_per_head
+def _performer(rounded, params, query, key, value, seen, place):
+    rows = rounded(params["features"])
+    query, key = (rounded(x * x.shape[-1] ** -0.25) for x in (query, key))
+    square = rounded(np.sum(key**2, -1, keepdims=True) / 2)
+    logs = rounded(query @ rows.T), rounded(rounded(key @ rows.T) - square)
+    return _softmax_of_logs(rounded, *logs, value, seen)
+
+
+FORMULAS_FEATURES = {
+    "performer": _performer,
+}
