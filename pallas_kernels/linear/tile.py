@@ -40,6 +40,7 @@ class Device:
     half: Any = None
     unroll: bool = False
     pulled: bool = False
+    again: Callable[[Array, Any], Array] = lambda x, number: x
 
     def loop(self, start: int, stop: int, body: Callable, state: Any) -> Any:
         if self.unroll:
@@ -170,10 +171,11 @@ def read(
 ) -> Float[Array, "C D"]:
     """What one head of queries reads in a chunk that starts with `state`."""
     decay = decay.floored()
-    weights = _damped(device, query, key, decay, THROUGH)
+    damped = query
     if decay.wide is not None:
-        query = query * jnp.exp(_sums(device, decay, THROUGH))
-    return device.product(weights, write) + device.product(query, state)
+        damped = query * jnp.exp(_sums(device, decay, THROUGH))
+    out = device.product(damped, state)
+    return out + device.product(_damped(device, query, key, decay, THROUGH), write)
 
 
 def _damped(device: Device, rows: Array, keys: Array, decay: Decay, upto: str) -> Array:
@@ -211,7 +213,7 @@ def _halves(device: Device, upto: str) -> Callable[..., Array]:
 
     def matrix(rows: Array, keys: Array, decay: Array) -> Array:
         def add(number: Any, total: Array) -> Array:
-            return total + level(plain, number, rows, keys, decay)
+            return total + level(plain, number, rows, keys, device.again(decay, number))
 
         size = len(keys)
         return device.loop(0, _levels(size), add, jnp.zeros((size, size), jnp.float32))
@@ -219,7 +221,9 @@ def _halves(device: Device, upto: str) -> Callable[..., Array]:
     def pull(kept: Any, cotangent: Array) -> Any:
         # All of a level is computed again: nothing of one lives on beside another.
         def add(number: Any, totals: Any) -> Any:
-            parts = jax.vjp(functools.partial(level, device, number), *kept)[1](cotangent)
+            rows, keys, decay = kept
+            at = rows, keys, device.again(decay, number)
+            parts = jax.vjp(functools.partial(level, device, number), *at)[1](cotangent)
             return tuple(t + part for t, part in zip(totals, parts, strict=True))
 
         start = tuple(map(jnp.zeros_like, kept))

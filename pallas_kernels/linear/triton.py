@@ -218,11 +218,9 @@ def _scan_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
         key, taken, decay = here.keys(steps.key), here.keys(taken_ref), here.decay(steps)
         d_write = here.values(d_write_ref)
 
-        def from_state(state: Array, fresh: Array) -> Any:
-            return tile.step(device, state, key, fresh, taken, decay)
-
-        # Linear: at which state does not matter.
-        pull = jax.vjp(from_state, jnp.zeros_like(d_end), jnp.zeros_like(d_write))[1]
+        # Linear in the state: at which it is taken does not matter.
+        at_zero = jnp.zeros_like(d_end), key, jnp.zeros_like(d_write), taken, decay
+        pull = jax.vjp(functools.partial(tile.step, device), *at_zero)[1]
         return pull((d_end, d_write))[0] + here.state(d_starts_ref)
 
     last = d_final_ref[at.p, :, at.columns]
@@ -235,11 +233,8 @@ def _write_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     key, value, decay = at.keys(steps.key), at.values(steps.value), at.decay(steps)
     state, erase = at.state(starts_ref), at.keys(steps.erase)
 
-    def advance(key: Array, value: Array, decay: Decay, erase: Array | None) -> Any:
-        return tile.advance(device, state, key, value, decay, erase)
-
-    pull = jax.vjp(advance, key, value, decay, erase)[1]
-    d_key, d_value, d_decay, d_erase = pull((at.state(d_ends_ref), at.values(d_write_ref)))
+    pull = jax.vjp(functools.partial(tile.advance, device), state, key, value, decay, erase)[1]
+    _, d_key, d_value, d_decay, d_erase = pull((at.state(d_ends_ref), at.values(d_write_ref)))
     part = (at.block, at.p, at.rows)
     d_key_ref[*part, :] = (d_key + more_key_ref[*part, :]).astype(d_key_ref.dtype)
     d_value_ref[at.p, at.rows, at.columns] = d_value.astype(d_value_ref.dtype)
@@ -311,9 +306,11 @@ def _call(
     shapes, out_tree = jax.tree.flatten(out)
     count, blocks = sizes(steps, plan)
     full = {"p": len(steps.key), "c": count, "b": blocks}
-    device = Device(_dot, steps.half, pulled=name.endswith("back"))
 
-    def traced(*refs: Any) -> None:
+    def traced(ones_ref: Any, *refs: Any) -> None:
+        device = Device(
+            _dot, steps.half, pulled=name.endswith("back"), again=lambda x, n: x * ones_ref[n]
+        )
         places, number = dict.fromkeys("pcb", jnp.int32(0)), pl.program_id(0)
         for axis in reversed(axes):
             size = jnp.int32(full[axis])
@@ -333,5 +330,5 @@ def _call(
         interpret=bool(interpret),
         compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=plan.stages),
         name=name,
-    )(*flat)
+    )(jnp.ones((8,), jnp.float32), *flat)
     return jax.tree.unflatten(out_tree, found)
