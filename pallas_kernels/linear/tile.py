@@ -2,10 +2,10 @@ r"""The mathematics of one chunk, the same on every device.
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t (v_t - S_{t-1}^T e_t)^T,      o_t = S_t^T q_t
 
-`prepare` looks at a chunk of C steps alone, `step` takes the state "H D" behind it, `read` gives
-what one query head reads there; `jax.vjp` differentiates them within the kernel.  Arrays are 2-D
-and float32, and nothing is sliced, joined or reshaped: what depends on two positions is a product
-with a mask.
+`prepare` looks at a chunk of C steps alone, `take` and `put` bring the state "H D" behind it and
+`read` gives what a query head reads there; `jax.vjp` differentiates each within a kernel.  Arrays
+are 2-D and float32, and nothing is sliced, joined or reshaped: what depends on two positions is a
+product with a mask.
 
 The decay between two positions is a sum, within a 0/1 mask, of numbers <= 0; no sum is ever the
 difference of two, so no exponent is positive, nothing overflows, and no digit is lost beside a
@@ -98,7 +98,7 @@ class Device:
 
 
 class Decay(NamedTuple):
-    """The log decays of a chunk, or none; `pairs`, the same along each row, where channels agree."""
+    """Log decays of a chunk, or none; `pairs`, the same along each row, where channels agree."""
 
     wide: Float[Array, "C H"] | None = None
     pairs: Float[Array, "C C"] | None = None
@@ -129,36 +129,30 @@ def prepare(
     return _solve(device, lower, value, erase)
 
 
-def step(
+def take(
     device: Device,
     state: Float[Array, "H D"],
-    key: Float[Array, "C H"],
     fresh: Float[Array, "C D"],
     taken: Float[Array, "C H"] | None,
-    decay: Decay,
-) -> tuple[Float[Array, "H D"], Float[Array, "C D"]]:
-    """The state behind a chunk, and what each of its keys writes, from what `prepare` gives."""
-    decay = decay.floored()
-    write = fresh if taken is None else fresh - device.product(taken, state)
-    if decay.wide is None:
-        return state + device.product(key, write, left=True), write
-    late = jnp.exp(_sums(device, decay, AFTER))
-    total = device.product(decay.wide, jnp.ones_like(fresh), left=True)
-    added = device.product(key * late, write, left=True)
-    return state * jnp.exp(total) + added, write
+) -> Float[Array, "C D"]:
+    """What each key writes, from what `prepare` gives and the state before the chunk."""
+    return fresh if taken is None else fresh - device.product(taken, state)
 
 
-def advance(
+def put(
     device: Device,
     state: Float[Array, "H D"],
     key: Float[Array, "C H"],
-    value: Float[Array, "C D"],
+    write: Float[Array, "C D"],
     decay: Decay,
-    erase: Float[Array, "C H"] | None,
-) -> tuple[Float[Array, "H D"], Float[Array, "C D"]]:
-    """`step` after `prepare`."""
-    fresh, taken = prepare(device, key, value, decay, erase)
-    return step(device, state, key, fresh, taken, decay)
+) -> Float[Array, "H D"]:
+    """The state behind a chunk."""
+    if decay.wide is None:
+        return state + device.product(key, write, left=True)
+    decay = decay.floored()
+    late = jnp.exp(_sums(device, decay, AFTER))
+    total = device.product(decay.wide, jnp.ones_like(write), left=True)
+    return state * jnp.exp(total) + device.product(key * late, write, left=True)
 
 
 def read(
@@ -241,7 +235,7 @@ def _solve(device: Device, lower: Array, *sides: Array) -> tuple[Array, ...]:
         def below(number: Any) -> Array:
             """The blocks of L that lie beside those inverted so far."""
             corner = ((i >> number) == (j >> number) + 1) & (((i >> number) & 1) == 1)
-            return jnp.where(corner, lower, 0.0)
+            return jnp.where(corner, device.again(lower, number), 0.0)
 
         def double(number: Any, found: Array) -> Array:
             product = device.dot(below(number), found, False, False)

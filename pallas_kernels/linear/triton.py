@@ -98,12 +98,18 @@ class _At:
         widths = steps.key.shape[-1], self.plan.chunk
         return Decay(*(jnp.broadcast_to(g, (self.plan.chunk, n)) for n in widths))
 
-    def put_decay(self, ref: Any, d: Decay) -> None:
-        """The cotangent of this block of columns."""
-        if d.shared:
-            ref[self.block, self.p, self.rows, 0] = sum(jnp.sum(x, axis=1) for x in d)
-        elif ref is not None:
-            ref[self.block, self.p, self.rows, :] = d.wide
+    def put_keys(self, ref: Any, d: Array, more: Any = None) -> None:
+        """A cotangent like that of keys, for this block of columns, and what is added to it."""
+        place = (self.block, self.p, self.rows, slice(None))
+        d = d if more is None else d + more[place]
+        ref[place] = d.astype(ref.dtype)
+
+    def put_decay(self, ref: Any, d: Decay, more: Any = None) -> None:
+        if d.wide is None:
+            return
+        place = (self.block, self.p, self.rows, 0 if d.shared else slice(None))
+        found = sum(jnp.sum(x, axis=1) for x in d) if d.shared else d.wide
+        ref[place] = found if more is None else found + more[place]
 
 
 # -- forward -------------------------------------------------------------------------------------
@@ -125,13 +131,10 @@ def _scan(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     def visit(chunk: Any, state: Array) -> Array:
         here = dataclasses.replace(at, chunk=chunk)
         starts_ref[at.p, chunk, :, at.columns] = state
-        state, write = tile.step(
-            device, state, here.keys(steps.key), here.values(fresh_ref), here.keys(taken_ref),
-            here.decay(steps),
-        )  # fmt: skip
+        write = tile.take(device, state, here.values(fresh_ref), here.keys(taken_ref))
         if write_ref is not None:
             write_ref[at.p, here.rows, at.columns] = write
-        return state
+        return tile.put(device, state, here.keys(steps.key), write, here.decay(steps))
 
     count, _ = sizes(steps, at.plan)
     first = initial_ref[at.p, :, at.columns]
@@ -215,37 +218,49 @@ def _scan_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     def visit(number: Any, d_end: Array) -> Array:
         here = dataclasses.replace(at, chunk=count - 1 - number)
         d_ends_ref[at.p, here.chunk, :, at.columns] = d_end
-        key, taken, decay = here.keys(steps.key), here.keys(taken_ref), here.decay(steps)
         d_write = here.values(d_write_ref)
-
-        # Linear in the state: at which it is taken does not matter.
-        at_zero = jnp.zeros_like(d_end), key, jnp.zeros_like(d_write), taken, decay
-        pull = jax.vjp(functools.partial(tile.step, device), *at_zero)[1]
-        return pull((d_end, d_write))[0] + here.state(d_starts_ref)
+        zero = jnp.zeros_like(d_end), jnp.zeros_like(d_write)  # linear: at any will do
+        put = zero[0], here.keys(steps.key), zero[1], here.decay(steps)
+        d_state, _, more, _ = jax.vjp(functools.partial(tile.put, device), *put)[1](d_end)
+        if taken_ref is not None:
+            take = *zero, here.keys(taken_ref)
+            pull = jax.vjp(functools.partial(tile.take, device), *take)[1]
+            d_state = d_state + pull(d_write + more)[0]
+        return d_state + here.state(d_starts_ref)
 
     last = d_final_ref[at.p, :, at.columns]
     d_initial_ref[at.p, :, at.columns] = jax.lax.fori_loop(0, jnp.int32(count), visit, last)
 
 
-def _write_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
-    steps, starts_ref, d_ends_ref, d_write_ref, more_key_ref, more_decay_ref = inputs
-    d_key_ref, d_value_ref, d_decay_ref, d_erase_ref = outputs
-    key, value, decay = at.keys(steps.key), at.values(steps.value), at.decay(steps)
-    state, erase = at.state(starts_ref), at.keys(steps.erase)
+def _put_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
+    steps, write_ref, taken_ref, starts_ref, d_ends_ref, *more_refs = inputs
+    d_key_ref, d_fresh_ref, d_decay_ref, d_taken_ref = outputs
+    more_key_ref, more_write_ref, more_decay_ref = more_refs
+    state, write = at.state(starts_ref), at.values(write_ref)
+    put = state, at.keys(steps.key), write, at.decay(steps)
+    _, d_key, d_write, d_decay = jax.vjp(functools.partial(tile.put, device), *put)[1](
+        at.state(d_ends_ref)
+    )
+    d_write = d_write + at.values(more_write_ref)
+    at.put_keys(d_key_ref, d_key, more_key_ref)
+    at.put_decay(d_decay_ref, d_decay, more_decay_ref)
+    d_fresh_ref[at.p, at.rows, at.columns] = d_write.astype(d_fresh_ref.dtype)
+    if taken_ref is not None:
+        take = state, write, at.keys(taken_ref)
+        _, _, d_taken = jax.vjp(functools.partial(tile.take, device), *take)[1](d_write)
+        at.put_keys(d_taken_ref, d_taken)
 
-    pull = jax.vjp(functools.partial(tile.advance, device), state, key, value, decay, erase)[1]
-    _, d_key, d_value, d_decay, d_erase = pull((at.state(d_ends_ref), at.values(d_write_ref)))
-    part = (at.block, at.p, at.rows)
-    d_key_ref[*part, :] = (d_key + more_key_ref[*part, :]).astype(d_key_ref.dtype)
-    d_value_ref[at.p, at.rows, at.columns] = d_value.astype(d_value_ref.dtype)
-    if d_erase_ref is not None:
-        d_erase_ref[*part, :] = d_erase.astype(d_erase_ref.dtype)
-    if decay.shared:
-        d_decay_ref[*part, 0] = sum(
-            (jnp.sum(x, axis=1) for x in d_decay), start=more_decay_ref[*part, 0]
-        )
-    elif d_decay_ref is not None:
-        d_decay_ref[*part, :] = d_decay.wide + more_decay_ref[*part, :]
+
+def _prepare_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
+    steps, d_fresh_ref, d_taken_ref = inputs
+    d_key_ref, d_value_ref, d_decay_ref, d_erase_ref = outputs
+    place = at.keys(steps.key), at.keys(steps.value), at.decay(steps), at.keys(steps.erase)
+    pull = jax.vjp(functools.partial(tile.prepare, device), *place)[1]
+    d_key, d_value, d_decay, d_erase = pull((at.keys(d_fresh_ref), at.keys(d_taken_ref)))
+    at.put_keys(d_key_ref, d_key)
+    at.put_decay(d_decay_ref, d_decay)
+    for ref, d in ((d_value_ref, d_value), (d_erase_ref, d_erase)):
+        ref[at.p, at.rows, :] = d.astype(ref.dtype)
 
 
 def backward(
@@ -255,42 +270,48 @@ def backward(
     run = functools.partial(_call, plan, steps, interpret)
     starts, taken, write = kept
     blocks = sizes(steps, plan)[1]
+    erased = taken is not None
 
-    def part(x: Array | None, dtype: Any = None) -> Any:
+    def part(x: Array | None, count: int = blocks, dtype: Any = jnp.float32) -> Any:
         """One for each block of columns, to be summed."""
-        if x is None:
-            return None
-        dtype = dtype or (x.dtype if blocks == 1 else jnp.float32)
-        return jax.ShapeDtypeStruct((blocks, *x.shape), dtype)
+        return None if x is None else jax.ShapeDtypeStruct((count, *x.shape), dtype)
+
+    def whole(x: Array) -> Array:
+        return x[0] if len(x) == 1 else jnp.sum(x, 0)
 
     out = (
-        _float32(starts.shape), part(steps.query), part(steps.key, jnp.float32),
-        _float32(write.shape), part(steps.log_decay),
+        _float32(starts.shape), part(steps.query), part(steps.key), _float32(write.shape),
+        part(steps.log_decay),
     )  # fmt: skip
-    d_starts, d_query, more_key, d_write, more_decay = run(
+    d_starts, d_query, *more = run(
         _read_back, "pcb", (steps, write, starts, d_out), out, "linear_read_back"
     )
+    out = _float32(starts.shape), _float32(d_final.shape)
     d_ends, d_state = run(
-        _scan_back, "pb", (steps, taken, d_starts, d_write, d_final),
-        (_float32(starts.shape), _float32(d_final.shape)), "linear_scan_back",
-    )  # fmt: skip
-    out = (
-        part(steps.key), jax.ShapeDtypeStruct(steps.value.shape, steps.value.dtype),
-        part(steps.log_decay), part(steps.erase),
-    )  # fmt: skip
-    d_key, d_value, d_decay, d_erase = run(
-        _write_back, "pcb", (steps, starts, d_ends, d_write, more_key, more_decay), out,
-        "linear_write_back",
-    )  # fmt: skip
-
-    def whole(x: Array | None) -> Array | None:
-        return x if x is None else x[0] if blocks == 1 else jnp.sum(x, 0)
-
-    d_query, d_key, d_decay, d_erase = map(whole, (d_query, d_key, d_decay, d_erase))
-    return Steps(d_query, d_key, d_value, d_decay, d_erase), d_state
+        _scan_back, "pb", (steps, taken, d_starts, more[1], d_final), out, "linear_scan_back"
+    )
+    d_value = _float32(write.shape) if erased else _like(steps.value)
+    out = part(steps.key), d_value, part(steps.log_decay), part(taken)
+    d_key, d_value, d_decay, d_taken = run(
+        _put_back, "pcb", (steps, write, taken, starts, d_ends, *more), out, "linear_put_back"
+    )
+    d_steps = jax.tree.map(whole, Steps(d_query, d_key, d_key, d_decay))._replace(value=d_value)
+    if not erased:
+        return d_steps, d_state
+    out = part(steps.key, 1), _like(steps.value), part(steps.log_decay, 1), _like(steps.erase)
+    found = run(_prepare_back, "pc", (steps, d_value, whole(d_taken)), out, "linear_prepare_back")
+    d_key, d_value, d_decay, d_erase = found
+    d_key, d_decay = jax.tree.map(
+        lambda x, more: x + more[0], (d_steps.key, d_steps.log_decay), (d_key, d_decay)
+    )
+    return Steps(d_steps.query, d_key, d_value, d_decay, d_erase), d_state
 
 
 # -- launching -----------------------------------------------------------------------------------
+
+
+def _like(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
