@@ -171,8 +171,17 @@ def real_inputs(query: Any, key: Any, value: Any, options: dict[str, Any]) -> li
     What a feature map makes of a hidden NaN would spoil gradients, though it is left out later.
     """
     query, key, value = check_inputs(query, key, value, empty=True)
+    known = real_positions(query, key, options)
+    return [_kept(query, known.queries), *(_kept(x, known.keys) for x in (key, value))]
+
+
+def real_positions(query: Array, key: Array, options: dict[str, Any]) -> Layout:
+    """Which keys and queries the mask among `options` leaves, and what else is known of it.
+
+    Of a mask that picks pairs: which keys are seen by any query, and which queries see any key.
+    """
     if options.get("mask") is None:
-        return [query, key, value]
+        return Layout()
     mask, lengths = as_mask(options["mask"]), (query.shape[-3], key.shape[-3])
     check_mask(mask, query.shape[:-3], {"N": query.shape[-2], "T": lengths[0], "S": lengths[1]})
     offsets = options.get("query_offset", 0), options.get("key_offset", 0)
@@ -183,7 +192,7 @@ def real_inputs(query: Any, key: Any, value: Any, options: dict[str, Any]) -> li
         )
         allowed = jnp.broadcast_to(allowed, (*query.shape[:-3], *allowed.shape[-3:]))
         known = Layout(keys=jnp.any(allowed, (-3, -2)), queries=jnp.any(allowed, (-3, -1)))
-    return [_kept(query, known.queries), *(_kept(x, known.keys) for x in (key, value))]
+    return known
 
 
 def positive_features(feature_map: Any, *arrays: Array) -> list[Array]:

@@ -80,6 +80,25 @@ def channel_softmax_attention(
     return _attend(query, key, value, by_channel=True, **options)
 
 
+def latent_attention(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K D"],
+    **options: Any,
+) -> Any:
+    """Weights sum_h softmax_h(q_th) softmax_s(k_sh), which sum to one: "*B T N D".
+
+    A channel is a latent that a query picks and that picks keys.  Arguments as for
+    `exponential_attention`.
+    """
+    query, key, value = real_inputs(query, key, value, options)
+    wide = [x.astype(state_dtype(query.dtype)) for x in (query, key, value)]
+    found = channel_softmax_attention(jax.nn.softmax(wide[0], -1), *wide[1:], **options)
+    out, *state = found if options.get("return_state") else (found,)
+    out = out.astype(query.dtype)
+    return (out, *state) if state else out
+
+
 def _attend(
     query: Array, key: Array, value: Array, *, by_channel: bool, causal: bool = False,
     initial_state: Any = None, return_state: bool = False, **options: Any,

@@ -72,6 +72,47 @@ def _performer(rounded, params, query, key, value, seen, place):
     return _softmax_of_logs(rounded, *logs, value, seen)
 
 
+def cosformer(max_length):
+    """Cosines of distances, of each pair; the denominator is at least a millionth."""
+
+    @_per_head
+    def formula(rounded, params, query, key, value, seen, place):
+        distance = place[0][:, None] - place[1][None, :]
+        cosine = rounded(np.cos(np.pi / 2 * distance / max_length))
+        products = rounded(np.maximum(query, 0.0) @ np.maximum(key, 0.0).T)
+        weights = np.where(seen, rounded(products * cosine), 0.0)
+        total = rounded(np.maximum(np.sum(weights, -1, keepdims=True), 1e-6))
+        return _divided(rounded, weights, value, total)
+
+    return formula
+
+
+@_per_head
+def _two_softmaxes(rounded, params, query, key, value, seen, place):
+    """Softmax over the channels of a query, and over the keys it sees in each channel."""
+    rho_q = rounded(np.exp(rounded(query - np.max(query, -1, keepdims=True))))
+    rho_q = rounded(rho_q / rounded(np.sum(rho_q, -1, keepdims=True)))
+    weights = np.zeros(seen.shape)
+    for t, row in enumerate(seen):
+        if not row.any():
+            continue
+        rho_k = rounded(np.exp(rounded(key[row] - np.max(key[row], 0))))
+        rho_k = rounded(rho_k / rounded(np.sum(rho_k, 0)))
+        weights[t, row] = rounded(rho_k @ rho_q[t])
+    return rounded(weights @ value)
+
+
+@_per_head
+def _log_normal(rounded, params, query, key, value, seen, place):
+    """Concentrated as for inputs of unit variance, which the example is made for."""
+    common = np.sqrt((1.0 + 0.35487039130661086) / (2 * 0.14855178144710912))
+    return _softmax_of_logs(rounded, rounded(common * query), rounded(common * key), value, seen)
+
+
 FORMULAS_FEATURES = {
+    "cosformer": cosformer(4096),
+    "efficient-attention-linear": _two_softmaxes,
+    "latte": _two_softmaxes,
+    "linear-log-normal": _log_normal,
     "performer": _performer,
 }
