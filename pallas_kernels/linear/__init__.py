@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from pallas_kernels.linear.plan import padded
+from pallas_kernels.linear.plan import device_kind, padded
 from pallas_kernels.linear.problem import Plan, Steps
 
 __all__ = ["Cut", "Plan", "Steps", "backward", "body", "forward", "limits", "linear_recurrence"]
@@ -40,7 +40,9 @@ class Cut:
     interpret: Any = False
 
     def plan(self, steps: Steps, backward: bool, chunk_size: int | None = None) -> Plan:
-        plan = body(self.backend).plan(steps, chunk_size or self.chunk_size, backward, _kind())
+        plan = body(self.backend).plan(
+            steps, chunk_size or self.chunk_size, backward, device_kind()
+        )
         return dataclasses.replace(plan, value_block=self.value_block or plan.value_block)
 
 
@@ -178,10 +180,3 @@ def _run(name: str, cut: Cut, plan: Plan, keep: bool | None, arrays: Any) -> Any
         return found, jax.tree.map(lambda _: True, found)
 
     return mapped(arrays)
-
-
-def _kind() -> str:
-    """The kind of the device that is traced for: an abstract mesh's, else the default."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device: Any = getattr(mesh, "abstract_device", None) or jax.devices()[0]
-    return str(device.device_kind)

@@ -1,5 +1,9 @@
 """How a recurrence is cut: steps to a chunk, columns of the state to a program."""
 
+from typing import Any
+
+import jax
+
 from pallas_kernels.linear.problem import Plan
 
 
@@ -27,6 +31,32 @@ def triton_plan(
     block = 32
     chunk = chunk_size or min(chunk, power_of_two(length))
     return Plan(chunk, min(block, power_of_two(value_width)), 4, 1)
+
+
+TPU_CHUNK = 64
+
+
+def tpu_plan(value_width: int, length: int, chunk_size: int | None) -> Plan:
+    """A chunk of 64, or a short sequence whole; all columns of the state, up to 256, at once."""
+    return Plan(chunk_size or min(TPU_CHUNK, power_of_two(length)), value_width)
+
+
+def tpu_memory(kind: str) -> int | None:
+    """Bytes of vector memory to ask for on a kind of TPU, None on other devices.
+
+    Three quarters of what there is; all of it where there is little, as on v4.
+    """
+    sizes = {"v4": 16, "v5 lite": 96, "v5e": 96, "v5": 48, "v6": 96, "7": 48}
+    if "TPU" not in kind:
+        return None
+    return next((size for name, size in sizes.items() if name in kind), 16) << 20
+
+
+def device_kind() -> str:
+    """The kind of the device that is traced for: an abstract mesh's, else the default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device: Any = getattr(mesh, "abstract_device", None) or jax.devices()[0]
+    return str(device.device_kind)
 
 
 def chunk_limit(chunk_size: int) -> str | None:
