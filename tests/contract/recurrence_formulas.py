@@ -210,6 +210,64 @@ def _transnormer(
     return _both(rounded(rounded(_rms(out, 1e-6, (-2, -1))) * gate), return_lse)
 
 
+def _rwkv7(params, query, key, value, *, x, mask=None, dtype=np.float64, return_lse=False, **at):
+    rounded, fine = _of(dtype)
+    heads, width = query.shape[-2:]
+
+    def network(name, inner):
+        down = inner(fine(x @ params[f"{name}.0.weight"]))
+        up = fine(fine(down) @ params[f"{name}.1.weight"])
+        return _into_heads(fine(up + params.get(f"{name}.1.bias", 0.0)), heads)
+
+    decay = fine(np.exp(-math.exp(-0.5) * _sigmoid(network("decay", np.tanh))))
+    rate = fine(_sigmoid(network("rate", lambda y: y)))
+    key, value = _repeated(key, heads), _repeated(value, heads)
+    removed = key * params["removal"]
+    removed = rounded(removed / np.maximum(np.linalg.norm(removed, axis=-1, keepdims=True), 1e-12))
+    key = rounded(key * (1 + (rate - 1) * params["replacement"]))
+    seen = _pairs(mask, query, key, **at)
+    out = _run(
+        seen, query, key, value, decay=decay, erase=removed, direction=rounded(rate * removed),
+        rounded=rounded,
+    )  # fmt: skip
+    out = out - out.mean(-1, keepdims=True)
+    out = out / np.sqrt((out**2).mean(-1, keepdims=True) + width * 1e-5)
+    out = np.where(seen.any(-1)[..., None, None], out * params["gain"] + params["bias"], 0.0)
+    bonus = rounded(np.sum(query * params["bonus"] * key, -1, keepdims=True)) * value
+    out = rounded(out + np.where(_real(seen)[..., None, None], bonus, 0.0))
+    return _both(rounded(out * network("gate", _sigmoid)), return_lse)
+
+
+def _docmamba(params, query, key, value, *, x, mask=None, dtype=np.float64, return_lse=False, **at):
+    """Half the sum of a pass from the left and a pass from the right, noncausal."""
+    rounded, fine = _of(dtype)
+    heads = query.shape[-2]
+    key, value = _repeated(key, heads), _repeated(value, heads)
+    place = np.arange(query.shape[-3])
+    seen = np.asarray(mask(place[:, None], place[None, :]))[..., 0, :, :]
+    seen = np.broadcast_to(seen, (*query.shape[:-3], *seen.shape[-2:]))
+    total = 0.0
+    for side in range(2):
+        turned = slice(None) if side == 0 else slice(None, None, -1)
+        low = fine(x @ params["down.weight"][:, side * _rank(params) : (side + 1) * _rank(params)])
+        step = fine(low @ params[f"up.{side}.weight"] + params[f"up.{side}.bias"])
+        step = fine(_softplus(step))
+        decay = fine(np.exp(-np.exp(params["a_log"][side]) * step[..., None]))
+        q, k, v, d = (
+            y[..., turned, :, :] for y in (query, key, rounded(step[..., None] * value), decay)
+        )
+        pairs = seen[..., turned, turned] & np.tri(len(place), dtype=bool)
+        out = _run(pairs, q, k, v, decay=d, rounded=rounded)[..., turned, :, :]
+        own = params["skip"][side][:, None] * value
+        total = total + out + np.where(_real(seen)[..., None, None], own, 0.0)
+    gate = _into_heads(fine(_silu(fine(x @ params["gate.weight"]))), heads)
+    return _both(rounded(rounded(total / 2) * gate), return_lse)
+
+
+def _rank(params):
+    return params["up.0.weight"].shape[0]
+
+
 FORMULAS_RECURRENCES = {
     "retnet": _retnet,
     "gla": _gla,
@@ -217,4 +275,6 @@ FORMULAS_RECURRENCES = {
     "gated-deltanet": _gated_deltanet,
     "mamba2": _mamba2,
     "transnormer": _transnormer,
+    "rwkv7": _rwkv7,
+    "docmamba": _docmamba,
 }
