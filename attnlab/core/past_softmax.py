@@ -19,13 +19,13 @@ from jaxtyping import Array, Float
 from attnlab.core.decay_tree import product
 from attnlab.core.linear_attention import (
     _refuse,
-    _same,
     linear_attention,
     real_inputs,
     repeat_heads,
 )
 from attnlab.core.mask_layout import layout
 from attnlab.core.masks import Causal, Full, Mask, as_mask
+from attnlab.core.past_sums import at_queries
 from attnlab.core.peaks import LOWEST, Past, exponentials, running, whole
 from attnlab.core.recurrence import FORMS, resets, state_dtype
 from attnlab.core.reference import heads_first
@@ -145,13 +145,9 @@ def _before(state: PeakState) -> tuple[Array, Array]:
 
 def _at_queries(past: Past, lengths: tuple[int, int], offsets: tuple[Any, Any]) -> Past:
     """Peaks and sums as they are where each query stands; those over all keys stand everywhere."""
-    if past.log_decay is None or (lengths[0] == lengths[1] and _same(*offsets)):
+    if past.log_decay is None:
         return past
-    place = jnp.arange(lengths[0], dtype=jnp.int32)
-    place = place + jnp.asarray(offsets[0], jnp.int32) - jnp.asarray(offsets[1], jnp.int32)
-    place = jnp.clip(place, 0, lengths[1] - 1)
-    axis = past.peak.ndim - 3
-    peak, total = (jnp.take(x, place, axis=axis) for x in (past.peak, past.total))
+    peak, total = (at_queries(x, lengths, offsets) for x in (past.peak, past.total))
     return past._replace(peak=peak, total=total)
 
 

@@ -109,9 +109,20 @@ def _log_normal(rounded, params, query, key, value, seen, place):
     return _softmax_of_logs(rounded, rounded(common * query), rounded(common * key), value, seen)
 
 
+@_per_head
+def inline(rounded, params, query, key, value, seen, place):
+    """Scores minus their mean, over the number of keys, plus one over it."""
+    scores = rounded(rounded(query @ key.T) * query.shape[-1] ** -0.5)
+    count = np.maximum(np.sum(seen, -1, keepdims=True), 1)
+    mean = rounded(np.sum(np.where(seen, scores, 0.0), -1, keepdims=True) / count)
+    weights = rounded((rounded(scores - mean) + 1.0) / count)
+    return rounded(np.where(seen, weights, 0.0) @ value)
+
+
 FORMULAS_FEATURES = {
     "cosformer": cosformer(4096),
     "efficient-attention-linear": _two_softmaxes,
+    "inline-attention": inline,
     "latte": _two_softmaxes,
     "linear-log-normal": _log_normal,
     "performer": _performer,
