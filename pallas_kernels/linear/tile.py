@@ -85,20 +85,22 @@ class Device:
 
         return self.rule(multiply, lambda r, k: (multiply(r, k), (r, k)), pull)(rows, keys)
 
-    def within(self, mask: Array, x: Array) -> Array:
-        """Sums of rows of x within a 0/1 mask."""
+    def within(self, mask: Array, x: Array, *, columns: bool = False) -> Array:
+        """Sums of rows of x, or of its columns, within a 0/1 mask: mask x, or x mask."""
 
         def total(mask: Array, x: Array) -> Array:
-            return self.dot(mask, x, False, False)
+            return self.dot(*((x, mask) if columns else (mask, x)), False, False)
 
         def pull(mask: Array, c: Array) -> tuple[None, Array]:
-            return None, self.dot(mask, c, True, False)
+            return None, (
+                self.dot(c, mask, False, True) if columns else self.dot(mask, c, True, False)
+            )
 
         return self.rule(total, lambda m, x: (total(m, x), m), pull)(mask, x)
 
 
 class Decay(NamedTuple):
-    """Log decays of a chunk, or none; `pairs`, the same along each row, where channels agree."""
+    """Log decays of a chunk, or none; `pairs`, the same in each row, where channels agree."""
 
     wide: Float[Array, "C H"] | None = None
     pairs: Float[Array, "C C"] | None = None
@@ -180,8 +182,8 @@ def _damped(device: Device, rows: Array, keys: Array, decay: Decay, upto: str) -
         return jnp.where(seen, device.inner(rows, keys), 0.0)
     if decay.shared:
         # sum over l of [l <= i] g_l [j < l]
-        later = jnp.where(j < i, decay.pairs, 0.0)
-        between = device.within(_mask(_reached(i, j, upto)), later)
+        earlier = jnp.where(_reached(i, j, upto), decay.pairs, 0.0)
+        between = device.within(_mask(j < i), earlier, columns=True)
         return jnp.where(seen, device.inner(rows, keys) * jnp.exp(between), 0.0)
     matrix = _halves(device, upto)(rows, keys, decay.wide)
     if upto == THROUGH:
@@ -200,7 +202,7 @@ def _halves(device: Device, upto: str) -> Callable[..., Array]:
         of_row, of_col = i >> number, j >> number
         second = (of_row & 1) == 1
         # In the second half from the middle to the row, in the first from behind the key.
-        reach = jnp.where(second, _reached(i, j, upto), j > i)
+        reach = (second & _reached(i, j, upto)) | (~second & (j > i))
         damp = jnp.exp(device.within(_mask(reach & (of_row == of_col)), decay))
         found = device.product(rows * damp, keys * damp, right=True)
         return jnp.where(second & (of_row == of_col + 1), found, 0.0)

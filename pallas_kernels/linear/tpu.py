@@ -125,10 +125,9 @@ def _chunk(decay: str, refs: Steps) -> tuple[Array, Array, Decay, Array | None]:
         return key, value, Decay(), erase
     if decay == "channel":
         return key, value, Decay(refs.log_decay[0]), erase
-    column = refs.log_decay[0, 0].T
-    size, width = key.shape
-    wide, pairs = (jnp.broadcast_to(column, (size, n)) for n in (width, size))
-    return key, value, Decay(wide, pairs), erase
+    row, (size, width) = refs.log_decay[0, 0], key.shape
+    wide = jnp.broadcast_to(row.T, (size, width))
+    return key, value, Decay(wide, jnp.broadcast_to(row, (size, size))), erase
 
 
 # -- kernels -------------------------------------------------------------------------------------
@@ -206,7 +205,9 @@ def _backward_kernel(
         if ref is not None:
             ref[0, 0] = d.astype(ref.dtype)
     if kind == "step":
-        d_steps.log_decay[0, 0, 0] = sum(jnp.sum(d, axis=1, keepdims=True) for d in d_decay).T
+        wide, pairs = d_decay
+        row = jnp.sum(wide, axis=1, keepdims=True).T + jnp.sum(pairs, axis=0, keepdims=True)
+        d_steps.log_decay[0, 0, 0] = row
     elif kind == "channel":
         d_steps.log_decay[0, 0] = d_decay.wide
 

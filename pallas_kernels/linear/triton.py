@@ -94,9 +94,10 @@ class _At:
             return Decay()
         if steps.decay == "channel":
             return Decay(steps.log_decay[self.p, self.rows, :])
-        g = steps.log_decay[self.p, self.rows, 0][:, None]
-        widths = steps.key.shape[-1], self.plan.chunk
-        return Decay(*(jnp.broadcast_to(g, (self.plan.chunk, n)) for n in widths))
+        g = steps.log_decay[self.p, self.rows, 0]
+        size, width = self.plan.chunk, steps.key.shape[-1]
+        wide, pairs = (size, width), (size, size)
+        return Decay(jnp.broadcast_to(g[:, None], wide), jnp.broadcast_to(g[None, :], pairs))
 
     def put_keys(self, ref: Any, d: Array, more: Any = None) -> None:
         """A cotangent like that of keys, for this block of columns, and what is added to it."""
@@ -108,7 +109,9 @@ class _At:
         if d.wide is None:
             return
         place = (self.block, self.p, self.rows, 0 if d.shared else slice(None))
-        found = sum(jnp.sum(x, axis=1) for x in d) if d.shared else d.wide
+        found = d.wide
+        if d.shared:
+            found = jnp.sum(d.wide, axis=1) + jnp.sum(d.pairs, axis=0)
         ref[place] = found if more is None else found + more[place]
 
 
