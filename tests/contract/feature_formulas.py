@@ -119,11 +119,39 @@ def inline(rounded, params, query, key, value, seen, place):
     return rounded(np.where(seen, weights, 0.0) @ value)
 
 
+@_per_head
+def _fastmax(rounded, params, query, key, value, seen, place):
+    """1 + x + x^2 / 2 of the products of standardized tokens."""
+
+    def standard(x):
+        x = rounded(x - rounded(np.mean(x, -1, keepdims=True)))
+        return rounded(x / rounded(np.sqrt(rounded(np.mean(x**2, -1, keepdims=True)) + 1e-6)))
+
+    product = rounded(standard(query) @ standard(key).T)
+    weights = rounded(rounded(1.0 + product) + rounded(product**2) / 2)
+    return _divided(rounded, np.where(seen, weights, 0.0), value)
+
+
+@_per_head
+def _linformer(rounded, params, query, key, value, seen, place):
+    """Softmax attention to compressed keys; what no query sees is zero before that."""
+    real = seen.any(0)[:, None]
+    mixed = []
+    for name, x in (("key_projection", key), ("value_projection", value)):
+        columns = params[name][:, place[1][0] : place[1][0] + len(x)]
+        mixed.append(rounded(columns @ np.where(real, x, 0.0)))
+    scores = rounded(rounded(query @ mixed[0].T) * query.shape[-1] ** -0.5)
+    weights = rounded(np.exp(rounded(scores - np.max(scores, -1, keepdims=True))))
+    return np.where(seen.any(-1)[:, None], _divided(rounded, weights, mixed[1]), 0.0)
+
+
 FORMULAS_FEATURES = {
     "cosformer": cosformer(4096),
     "efficient-attention-linear": _two_softmaxes,
+    "fast-factorizable": _fastmax,
     "inline-attention": inline,
     "latte": _two_softmaxes,
     "linear-log-normal": _log_normal,
+    "linformer": _linformer,
     "performer": _performer,
 }
