@@ -268,6 +268,56 @@ def _rank(params):
     return params["up.0.weight"].shape[0]
 
 
+def _nats(params, query, key, value, *, x, mask=None, dtype=np.float64, return_lse=False, **at):
+    """Blocks of four; their types come from hard choices, so that routers have no slope."""
+    rounded, fine = _of(dtype)
+    heads, width = query.shape[-2:]
+    key, value, length = _repeated(key, heads), _repeated(value, heads), query.shape[-3]
+    pairs, softmax = _pairs(mask, query, key, **at), [None] * length
+    blocks = range(0, length, 4)
+    means = np.stack([x[..., b : b + 4, :].sum(-2) / 4 for b in blocks], -2)
+    scores = _into_heads(fine(fine(means) @ params["router.weight"]), heads)
+    kept = np.repeat(scores[..., 0] >= scores[..., 1], 4, axis=-2)[..., :length, :]  # "*B T N"
+
+    rms_query = rounded(_rms(query, 1e-5) * params["query_gain"])
+    rms_key = rounded(_rms(key, 1e-5) * params["key_gain"])
+    for t in range(length):
+        own = (np.arange(length) // 4 == t // 4)[:, None]
+        seen = pairs[..., t, :, None] & (own | kept)
+        score = rounded(np.einsum("...nh,...snh->...sn", rms_query[..., t, :, :], rms_key))
+        weights = np.where(seen, rounded(np.exp(rounded(score / math.sqrt(width)))), 0.0)
+        total = weights.sum(-2)[..., None]
+        read = np.einsum("...sn,...snd->...nd", weights, value)
+        softmax[t] = rounded(read / np.where(total == 0, 1.0, total))
+    softmax = np.stack(softmax, -3)
+
+    beta = fine(_sigmoid(fine(x @ params["rate.weight"])))[..., None]
+    _, log_decay = _step(params, fine(x @ params["forget.weight"]), fine)
+    decay = fine(np.exp(log_decay))
+    q, k = rounded(_unit(query) / math.sqrt(width)), rounded(_unit(key))
+    linear = np.zeros_like(softmax)
+    for b in blocks:  # the whole past again for each block: what was not chosen is not written
+        end = min(b + 4, length)
+        now = slice(0, end)
+        written = ~kept[..., now, :, None] | (np.arange(end) >= b)[:, None, None]
+        direction = k[..., now, :, :] * written
+        seen = pairs[..., now, now]
+        out = _run(
+            seen, q[..., now, :, :], direction, (beta * value)[..., now, :, :],
+            decay=decay[..., now, :], erase=(beta * decay[..., None] * k)[..., now, :, :],
+            rounded=rounded,
+        )  # fmt: skip
+        linear[..., b:end, :, :] = out[..., b:, :, :]
+
+    mix = _into_heads(fine(query.reshape(*query.shape[:-2], -1) @ params["mix.weight"]), heads)
+    mix = np.exp(mix - mix.max(-1, keepdims=True))
+    mix = fine(mix / mix.sum(-1, keepdims=True))
+    out = rounded(_rms(linear, 1e-5) * params["linear_norm.scale"]) * mix[..., :1]
+    out = rounded(out + rounded(_rms(softmax, 1e-5) * params["softmax_norm.scale"]) * mix[..., 1:])
+    gate = _into_heads(fine(_silu(fine(x @ params["gate.weight"]))), heads)
+    return _both(rounded(out * gate), return_lse)
+
+
 FORMULAS_RECURRENCES = {
     "retnet": _retnet,
     "gla": _gla,
@@ -277,4 +327,5 @@ FORMULAS_RECURRENCES = {
     "transnormer": _transnormer,
     "rwkv7": _rwkv7,
     "docmamba": _docmamba,
+    "nats-linear": _nats,
 }
