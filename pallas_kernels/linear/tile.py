@@ -85,33 +85,43 @@ class Device:
 
         return self.rule(multiply, lambda r, k: (multiply(r, k), (r, k)), pull)(rows, keys)
 
-    def within(self, mask: Array, x: Array, *, columns: bool = False) -> Array:
-        """Sums of rows of x, or of its columns, within a 0/1 mask: mask x, or x mask."""
+    def within(self, mask: Array, x: Array) -> Array:
+        """Sums of rows of x within a 0/1 mask."""
 
         def total(mask: Array, x: Array) -> Array:
-            return self.dot(*((x, mask) if columns else (mask, x)), False, False)
+            return self.dot(mask, x, False, False)
 
         def pull(mask: Array, c: Array) -> tuple[None, Array]:
-            return None, (
-                self.dot(c, mask, False, True) if columns else self.dot(mask, c, True, False)
-            )
+            return None, self.dot(mask, c, True, False)
 
         return self.rule(total, lambda m, x: (total(m, x), m), pull)(mask, x)
 
 
 class Decay(NamedTuple):
-    """Log decays of a chunk, or none; `pairs`, the same in each row, where channels agree."""
+    """The log decays of a chunk, none of them -inf; or none at all.
+
+    `pairs`: their sums `between` two positions, where all channels decay alike.
+    """
 
     wide: Float[Array, "C H"] | None = None
     pairs: Float[Array, "C C"] | None = None
 
-    @property
-    def shared(self) -> bool:
-        """Whether all channels decay alike."""
-        return self.pairs is not None
 
-    def floored(self) -> "Decay":
-        return Decay(*(x if x is None else jnp.where(x < FLOOR, FLOOR, x) for x in self))
+def floored(decay: Array) -> Array:
+    """Log decays without -inf.  What passes through exp(-1e30) = 0 has no gradient either."""
+    return jnp.where(decay < FLOOR, FLOOR, decay)
+
+
+def between(device: Device, decay: Float[Array, "C C"], upto: str) -> Float[Array, "C C"]:
+    """Sums from behind j up to i, of decays that are the same in each row."""
+    i, j = _places(len(decay))
+    return device.dot(jnp.where(_reached(i, j, upto), decay, 0.0), _mask(j < i), False, False)
+
+
+def of_between(device: Device, d_pairs: Float[Array, "C C"], upto: str) -> Float[Array, "C C"]:
+    """The cotangent of what `between` was given; its sum over rows is that of the decays."""
+    i, j = _places(len(d_pairs))
+    return jnp.where(_reached(i, j, upto), device.dot(d_pairs, _mask(j < i), False, True), 0.0)
 
 
 def prepare(
@@ -124,7 +134,6 @@ def prepare(
     """What the keys would write if the state were zero, and what they take of it: (U, W)."""
     if erase is None:
         return value, None
-    decay = decay.floored()
     lower = _damped(device, erase, key, decay, BEFORE)
     if decay.wide is not None:
         erase = erase * jnp.exp(_sums(device, decay, BEFORE))
@@ -151,7 +160,6 @@ def put(
     """The state behind a chunk."""
     if decay.wide is None:
         return state + device.product(key, write, left=True)
-    decay = decay.floored()
     late = jnp.exp(_sums(device, decay, AFTER))
     total = device.product(decay.wide, jnp.ones_like(write), left=True)
     return state * jnp.exp(total) + device.product(key * late, write, left=True)
@@ -166,7 +174,6 @@ def read(
     decay: Decay,
 ) -> Float[Array, "C D"]:
     """What one head of queries reads in a chunk that starts with `state`."""
-    decay = decay.floored()
     damped = query
     if decay.wide is not None:
         damped = query * jnp.exp(_sums(device, decay, THROUGH))
@@ -180,11 +187,8 @@ def _damped(device: Device, rows: Array, keys: Array, decay: Decay, upto: str) -
     seen = j <= i if upto == THROUGH else j < i
     if decay.wide is None:
         return jnp.where(seen, device.inner(rows, keys), 0.0)
-    if decay.shared:
-        # sum over l of [l <= i] g_l [j < l]
-        earlier = jnp.where(_reached(i, j, upto), decay.pairs, 0.0)
-        between = device.within(_mask(j < i), earlier, columns=True)
-        return jnp.where(seen, device.inner(rows, keys) * jnp.exp(between), 0.0)
+    if decay.pairs is not None:
+        return jnp.where(seen, device.inner(rows, keys) * jnp.exp(decay.pairs), 0.0)
     matrix = _halves(device, upto)(rows, keys, decay.wide)
     if upto == THROUGH:
         matrix = matrix + jnp.where(i == j, device.inner(rows, keys), 0.0)

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from pallas_kernels.linear import tile
 from pallas_kernels.linear.plan import chunk_limit, device_kind, tpu_memory, tpu_plan
 from pallas_kernels.linear.problem import Plan, Steps, sizes, step_limits
-from pallas_kernels.linear.tile import Decay, Device
+from pallas_kernels.linear.tile import BEFORE, THROUGH, Decay, Device
 
 
 def limits(steps: Steps, chunk_size: int | None = None) -> str | None:
@@ -117,17 +117,22 @@ def _lanes(plan: Plan, steps: Steps) -> Steps:
     return steps._replace(log_decay=steps.log_decay.reshape(shape))
 
 
-def _chunk(decay: str, refs: Steps) -> tuple[Array, Array, Decay, Array | None]:
-    """Key, value, decay and erase of the present chunk."""
+def _chunk(refs: Steps) -> tuple[Array, Array, Array | None]:
+    """Key, value and erase of the present chunk."""
     key, value = (x[0].astype(jnp.float32) for x in (refs.key, refs.value))
-    erase = None if refs.erase is None else refs.erase[0].astype(jnp.float32)
-    if decay == "none":
-        return key, value, Decay(), erase
-    if decay == "channel":
-        return key, value, Decay(refs.log_decay[0]), erase
-    row, (size, width) = refs.log_decay[0, 0], key.shape
-    wide = jnp.broadcast_to(row.T, (size, width))
-    return key, value, Decay(wide, jnp.broadcast_to(row, (size, size))), erase
+    return key, value, None if refs.erase is None else refs.erase[0].astype(jnp.float32)
+
+
+def _decays(device: Device, kind: str, refs: Steps, *uptos: str) -> list[Decay]:
+    """The decays of the present chunk, and their sums between pairs for each of `uptos`."""
+    if kind == "none":
+        return [Decay()] * len(uptos)
+    if kind == "channel":
+        return [Decay(tile.floored(refs.log_decay[0]))] * len(uptos)
+    row, size = tile.floored(refs.log_decay[0, 0]), refs.log_decay.shape[-1]
+    wide = jnp.broadcast_to(row.T, (size, refs.key.shape[-1]))
+    rows = jnp.broadcast_to(row, (size, size))
+    return [Decay(wide, tile.between(device, rows, upto)) for upto in uptos]
 
 
 # -- kernels -------------------------------------------------------------------------------------
@@ -146,8 +151,9 @@ def _forward_kernel(
     state = state_ref[...]
     if starts_ref is not None:
         starts_ref[0, 0] = state
-    key, value, decay, erase = _chunk(kind, steps)
-    write = tile.take(device, state, *tile.prepare(device, key, value, decay, erase))
+    key, value, erase = _chunk(steps)
+    before, decay = _decays(device, kind, steps, BEFORE, THROUGH)
+    write = tile.take(device, state, *tile.prepare(device, key, value, before, erase))
 
     def each(member: Any, carry: Any) -> Any:
         query = steps.query[0, member].astype(jnp.float32)
@@ -179,9 +185,10 @@ def _backward_kernel(
         d_state_ref[...] = d_final_ref[0]
 
     state = starts_ref[0, 0]
-    key, value, decay, erase = _chunk(kind, steps)
+    key, value, erase = _chunk(steps)
+    before, decay = _decays(device, kind, steps, BEFORE, THROUGH)
     (fresh, taken), pull_prepare = jax.vjp(
-        functools.partial(tile.prepare, device), key, value, decay, erase
+        functools.partial(tile.prepare, device), key, value, before, erase
     )
     write, pull_take = jax.vjp(functools.partial(tile.take, device), state, fresh, taken)
 
@@ -192,24 +199,27 @@ def _backward_kernel(
         d_steps.query[0, 0, member] = d_query.astype(d_steps.query.dtype)
         return jax.tree.map(jnp.add, totals, (d_state, *parts))
 
-    put = state, key, write, decay
-    totals = jax.vjp(functools.partial(tile.put, device), *put)[1](d_state_ref[...])
+    put = state, key, write, Decay(decay.wide)
+    *totals, d_decay = jax.vjp(functools.partial(tile.put, device), *put)[1](d_state_ref[...])
+    pairs = None if decay.pairs is None else jnp.zeros_like(decay.pairs)
+    totals = *totals, Decay(d_decay.wide, pairs)
     totals = _for_each(steps.query.shape[1], each, totals)
     d_state, d_key, d_write, d_decay = totals
     more, d_fresh, d_taken = pull_take(d_write)
     d_state_ref[...] = d_state + more
-    more_key, d_value, more_decay, d_erase = pull_prepare((d_fresh, d_taken))
-    d_key, d_decay = jax.tree.map(jnp.add, (d_key, d_decay), (more_key, more_decay))
+    more_key, d_value, d_before, d_erase = pull_prepare((d_fresh, d_taken))
+    d_key = d_key + more_key
     d_steps.value[0] = d_value.astype(d_steps.value.dtype)
     for ref, d in ((d_steps.key, d_key), (d_steps.erase, d_erase)):
         if ref is not None:
             ref[0, 0] = d.astype(ref.dtype)
-    if kind == "step":
-        wide, pairs = d_decay
-        row = jnp.sum(wide, axis=1, keepdims=True).T + jnp.sum(pairs, axis=0, keepdims=True)
-        d_steps.log_decay[0, 0, 0] = row
-    elif kind == "channel":
-        d_steps.log_decay[0, 0] = d_decay.wide
+    if kind == "channel":
+        d_steps.log_decay[0, 0] = d_decay.wide + d_before.wide
+    elif kind == "step":
+        rows = tile.of_between(device, d_decay.pairs, THROUGH)
+        rows = rows + tile.of_between(device, d_before.pairs, BEFORE)
+        wide = jnp.sum(d_decay.wide + d_before.wide, axis=1, keepdims=True)
+        d_steps.log_decay[0, 0, 0] = wide.T + jnp.sum(rows, axis=0, keepdims=True)
 
     @pl.when(number == count - 1)
     def _() -> None:

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from pallas_kernels.linear import tile
 from pallas_kernels.linear.plan import chunk_limit, power_of_two, triton_plan
 from pallas_kernels.linear.problem import Plan, Steps, sizes, step_limits
-from pallas_kernels.linear.tile import Decay, Device
+from pallas_kernels.linear.tile import BEFORE, THROUGH, Decay, Device
 
 
 def limits(steps: Steps, chunk_size: int | None = None) -> str | None:
@@ -89,15 +89,18 @@ class _At:
     def state(self, ref: Any) -> Array:
         return ref[self.p, self.chunk, :, self.columns]
 
-    def decay(self, steps: Steps) -> Decay:
+    def decay(self, device: Device, steps: Steps, upto: str | None = None) -> Decay:
         if steps.log_decay is None:
             return Decay()
         if steps.decay == "channel":
-            return Decay(steps.log_decay[self.p, self.rows, :])
-        g = steps.log_decay[self.p, self.rows, 0]
+            return Decay(tile.floored(steps.log_decay[self.p, self.rows, :]))
+        g = tile.floored(steps.log_decay[self.p, self.rows, 0])
         size, width = self.plan.chunk, steps.key.shape[-1]
-        wide, pairs = (size, width), (size, size)
-        return Decay(jnp.broadcast_to(g[:, None], wide), jnp.broadcast_to(g[None, :], pairs))
+        wide = jnp.broadcast_to(g[:, None], (size, width))
+        if upto is None:
+            return Decay(wide)
+        row = jnp.broadcast_to(g[None, :], (size, size))
+        return Decay(wide, tile.between(device, row, upto))
 
     def put_keys(self, ref: Any, d: Array, more: Any = None) -> None:
         """A cotangent like that of keys, for this block of columns, and what is added to it."""
@@ -105,14 +108,14 @@ class _At:
         d = d if more is None else d + more[place]
         ref[place] = d.astype(ref.dtype)
 
-    def put_decay(self, ref: Any, d: Decay, more: Any = None) -> None:
-        if d.wide is None:
+    def put_decay(self, ref: Any, d: Array | None, more: Any = None) -> None:
+        """The cotangent of `wide`, each row of it summed where channels decay alike."""
+        if d is None:
             return
-        place = (self.block, self.p, self.rows, 0 if d.shared else slice(None))
-        found = d.wide
-        if d.shared:
-            found = jnp.sum(d.wide, axis=1) + jnp.sum(d.pairs, axis=0)
-        ref[place] = found if more is None else found + more[place]
+        shared = ref.shape[-1] == 1
+        place = (self.block, self.p, self.rows, 0 if shared else slice(None))
+        d = jnp.sum(d, axis=1) if shared else d
+        ref[place] = d if more is None else d + more[place]
 
 
 # -- forward -------------------------------------------------------------------------------------
@@ -121,7 +124,11 @@ class _At:
 def _prepare(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     steps, (fresh_ref, taken_ref) = inputs, outputs
     fresh, taken = tile.prepare(
-        device, at.keys(steps.key), at.keys(steps.value), at.decay(steps), at.keys(steps.erase)
+        device,
+        at.keys(steps.key),
+        at.keys(steps.value),
+        at.decay(device, steps, BEFORE),
+        at.keys(steps.erase),
     )
     fresh_ref[at.p, at.rows, :] = fresh
     taken_ref[at.p, at.rows, :] = taken
@@ -137,7 +144,7 @@ def _scan(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
         write = tile.take(device, state, here.values(fresh_ref), here.keys(taken_ref))
         if write_ref is not None:
             write_ref[at.p, here.rows, at.columns] = write
-        return tile.put(device, state, here.keys(steps.key), write, here.decay(steps))
+        return tile.put(device, state, here.keys(steps.key), write, here.decay(device, steps))
 
     count, _ = sizes(steps, at.plan)
     first = initial_ref[at.p, :, at.columns]
@@ -148,7 +155,8 @@ def _read(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     steps, write_ref, starts_ref = inputs
     (out_ref,) = outputs
     state, key, write, decay = (
-        at.state(starts_ref), at.keys(steps.key), at.values(write_ref), at.decay(steps)
+        at.state(starts_ref), at.keys(steps.key), at.values(write_ref),
+        at.decay(device, steps, THROUGH),
     )  # fmt: skip
 
     def each(member: Any, carry: Any) -> Any:
@@ -190,9 +198,10 @@ def forward(
 
 def _read_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     steps, write_ref, starts_ref, d_out_ref = inputs
-    d_starts_ref, d_query_ref, d_key_ref, d_write_ref, d_decay_ref = outputs
+    d_starts_ref, d_query_ref, d_key_ref, d_write_ref, d_decay_ref, d_pairs_ref = outputs
     shared = (
-        at.state(starts_ref), at.keys(steps.key), at.values(write_ref), at.decay(steps)
+        at.state(starts_ref), at.keys(steps.key), at.values(write_ref),
+        at.decay(device, steps, THROUGH),
     )  # fmt: skip
 
     def each(member: Any, totals: Any) -> Any:
@@ -209,7 +218,9 @@ def _read_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     d_starts_ref[at.p, at.chunk, :, at.columns] = d_state
     d_key_ref[at.block, at.p, at.rows, :] = d_key
     d_write_ref[at.p, at.rows, at.columns] = d_write
-    at.put_decay(d_decay_ref, d_decay)
+    at.put_decay(d_decay_ref, d_decay.wide)
+    if d_pairs_ref is not None:
+        at.put_keys(d_pairs_ref, d_decay.pairs)
 
 
 def _scan_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
@@ -223,7 +234,7 @@ def _scan_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
         d_ends_ref[at.p, here.chunk, :, at.columns] = d_end
         d_write = here.values(d_write_ref)
         zero = jnp.zeros_like(d_end), jnp.zeros_like(d_write)  # linear: at any will do
-        put = zero[0], here.keys(steps.key), zero[1], here.decay(steps)
+        put = zero[0], here.keys(steps.key), zero[1], here.decay(device, steps)
         d_state, _, more, _ = jax.vjp(functools.partial(tile.put, device), *put)[1](d_end)
         if taken_ref is not None:
             take = *zero, here.keys(taken_ref)
@@ -240,13 +251,13 @@ def _put_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     d_key_ref, d_fresh_ref, d_decay_ref, d_taken_ref = outputs
     more_key_ref, more_write_ref, more_decay_ref = more_refs
     state, write = at.state(starts_ref), at.values(write_ref)
-    put = state, at.keys(steps.key), write, at.decay(steps)
+    put = state, at.keys(steps.key), write, at.decay(device, steps)
     _, d_key, d_write, d_decay = jax.vjp(functools.partial(tile.put, device), *put)[1](
         at.state(d_ends_ref)
     )
     d_write = d_write + at.values(more_write_ref)
     at.put_keys(d_key_ref, d_key, more_key_ref)
-    at.put_decay(d_decay_ref, d_decay, more_decay_ref)
+    at.put_decay(d_decay_ref, d_decay.wide, more_decay_ref)
     d_fresh_ref[at.p, at.rows, at.columns] = d_write.astype(d_fresh_ref.dtype)
     if taken_ref is not None:
         take = state, write, at.keys(taken_ref)
@@ -256,12 +267,19 @@ def _put_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
 
 def _prepare_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     steps, d_fresh_ref, d_taken_ref = inputs
-    d_key_ref, d_value_ref, d_decay_ref, d_erase_ref = outputs
-    place = at.keys(steps.key), at.keys(steps.value), at.decay(steps), at.keys(steps.erase)
+    d_key_ref, d_value_ref, d_decay_ref, d_pairs_ref, d_erase_ref = outputs
+    place = (
+        at.keys(steps.key),
+        at.keys(steps.value),
+        at.decay(device, steps, BEFORE),
+        at.keys(steps.erase),
+    )
     pull = jax.vjp(functools.partial(tile.prepare, device), *place)[1]
     d_key, d_value, d_decay, d_erase = pull((at.keys(d_fresh_ref), at.keys(d_taken_ref)))
     at.put_keys(d_key_ref, d_key)
-    at.put_decay(d_decay_ref, d_decay)
+    at.put_decay(d_decay_ref, d_decay.wide)
+    if d_pairs_ref is not None:
+        at.put_keys(d_pairs_ref, d_decay.pairs)
     for ref, d in ((d_value_ref, d_value), (d_erase_ref, d_erase)):
         ref[at.p, at.rows, :] = d.astype(ref.dtype)
 
@@ -282,13 +300,15 @@ def backward(
     def whole(x: Array) -> Array:
         return x[0] if len(x) == 1 else jnp.sum(x, 0)
 
+    pairs = None
+    if steps.decay == "step":
+        pairs = jax.ShapeDtypeStruct((*steps.key.shape[:2], plan.chunk), jnp.float32)
     out = (
         _float32(starts.shape), part(steps.query), part(steps.key), _float32(write.shape),
-        part(steps.log_decay),
+        part(steps.log_decay), part(pairs),
     )  # fmt: skip
-    d_starts, d_query, *more = run(
-        _read_back, "pcb", (steps, write, starts, d_out), out, "linear_read_back"
-    )
+    found = run(_read_back, "pcb", (steps, write, starts, d_out), out, "linear_read_back")
+    d_starts, d_query, *more, d_read = found
     out = _float32(starts.shape), _float32(d_final.shape)
     d_ends, d_state = run(
         _scan_back, "pb", (steps, taken, d_starts, more[1], d_final), out, "linear_scan_back"
@@ -299,15 +319,38 @@ def backward(
         _put_back, "pcb", (steps, write, taken, starts, d_ends, *more), out, "linear_put_back"
     )
     d_steps = jax.tree.map(whole, Steps(d_query, d_key, d_key, d_decay))._replace(value=d_value)
+    if d_read is not None:
+        d_steps = _with_pairs(d_steps, whole(d_read), THROUGH)
     if not erased:
         return d_steps, d_state
-    out = part(steps.key, 1), _like(steps.value), part(steps.log_decay, 1), _like(steps.erase)
-    found = run(_prepare_back, "pc", (steps, d_value, whole(d_taken)), out, "linear_prepare_back")
-    d_key, d_value, d_decay, d_erase = found
-    d_key, d_decay = jax.tree.map(
-        lambda x, more: x + more[0], (d_steps.key, d_steps.log_decay), (d_key, d_decay)
+    out = (
+        part(steps.key, 1), _like(steps.value), part(steps.log_decay, 1), part(pairs, 1),
+        _like(steps.erase),
+    )  # fmt: skip
+    d_key, d_value, d_decay, d_pairs, d_erase = run(
+        _prepare_back, "pc", (steps, d_value, whole(d_taken)), out, "linear_prepare_back"
     )
+    if d_pairs is not None:
+        d_steps = _with_pairs(d_steps, d_pairs[0], BEFORE)
+    d_key = d_steps.key + d_key[0]
+    d_decay = None if d_decay is None else d_steps.log_decay + d_decay[0]
     return Steps(d_steps.query, d_key, d_value, d_decay, d_erase), d_state
+
+
+def _with_pairs(d_steps: Steps, d_pairs: Array, upto: str) -> Steps:
+    """With what the sums of decays between pairs, "P T C", add to the cotangent of the decays.
+
+    Not in the kernel they come from: one more product of products there, and Triton lays all of
+    them out so that every warp computes the same, in more registers than there are.
+    """
+    size = d_pairs.shape[-1]
+    in_chunks = d_pairs.reshape(-1, size, size)
+    more = jax.vmap(lambda d: jnp.sum(tile.of_between(Device(_plain_dot), d, upto), 0))(in_chunks)
+    return d_steps._replace(log_decay=d_steps.log_decay + more.reshape(d_steps.log_decay.shape))
+
+
+def _plain_dot(a: Array, b: Array, trans_a: bool, trans_b: bool) -> Array:
+    return jnp.matmul(a.T if trans_a else a, b.T if trans_b else b, precision="highest")
 
 
 # -- launching -----------------------------------------------------------------------------------
