@@ -145,8 +145,28 @@ def _linformer(rounded, params, query, key, value, seen, place):
     return np.where(seen.any(-1)[:, None], _divided(rounded, weights, mixed[1]), 0.0)
 
 
+@_per_head
+def _ecoformer(rounded, params, query, key, value, seen, place):
+    """Four bits that agree or not, and five more."""
+    weights, anchors, mean, sigma = (
+        rounded(params[name][params["head"]])
+        for name in ("weights", "anchors", "mean", "bandwidth")
+    )
+
+    def codes(x):
+        norm = rounded(np.sqrt(rounded(np.sum(x**2, -1, keepdims=True))))
+        x = rounded(x / np.where(norm == 0, 1.0, norm))
+        distance = rounded(np.sum(rounded(x[:, None] - anchors) ** 2, -1))
+        kernel = rounded(rounded(np.exp(rounded(-distance / (2 * sigma)))) - mean)
+        return np.where(rounded(kernel @ weights.T) > 0, 1.0, -1.0)
+
+    agreement = codes(query) @ codes(key).T + 5.0
+    return _divided(rounded, np.where(seen, agreement, 0.0), value)
+
+
 FORMULAS_FEATURES = {
     "cosformer": cosformer(4096),
+    "ecoformer": _ecoformer,
     "efficient-attention-linear": _two_softmaxes,
     "fast-factorizable": _fastmax,
     "inline-attention": inline,
