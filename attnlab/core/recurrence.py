@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.core.inputs import check_inputs
@@ -141,9 +142,11 @@ def _decay(log_decay: Any, key: Array) -> Array | None:
             f"log_decay: expected a shape of {' or '.join(map(str, shapes))}, (K), (*B, T, K) or "
             f"(*B, T, K, H), got {g.shape}."
         )
-    if not isinstance(g, jax.core.Tracer) and g.size and not bool(jnp.all(g <= 0)):
+    # In NumPy: a constant within jit has values, but what JAX computes of them there has none.
+    if not isinstance(g, jax.core.Tracer) and g.size and not np.all(np.asarray(g) <= 0):
         raise ValueError(
-            f"log_decay: expected logarithms of decays in [0, 1], none above 0, got {jnp.max(g)}."
+            "log_decay: expected logarithms of decays in [0, 1], none above 0, got "
+            f"{np.max(np.asarray(g))}."
         )
     if g.shape == (heads,):
         g = jnp.broadcast_to(jnp.expand_dims(g, range(len(batch) + 1)), (*batch, length, heads))

@@ -293,3 +293,12 @@ def test_a_wrong_call_is_refused_by_name(as_users_run_it):
     for error, name, inputs, options in wrong:
         with pytest.raises(error, match=f"^{name}"):
             linear_recurrence(*inputs, **options)
+
+
+def test_constant_decays_within_jit_are_checked_as_outside(keys, as_users_run_it):
+    x = jax.random.normal(keys("x"), (5, 2, 4))
+    decay, growth = jnp.asarray([-0.5, -1.0]), jnp.asarray([0.5, 1.0])
+    run = jax.jit(lambda x: linear_recurrence(x, x, x, log_decay=decay))
+    assert_reordered(run(x), linear_recurrence(x, x, x, log_decay=decay), np.float32)
+    with pytest.raises(ValueError, match=r"log_decay.*none above 0.*1\.0"):
+        jax.jit(lambda x: linear_recurrence(x, x, x, log_decay=growth))(x)
