@@ -134,9 +134,9 @@ def _attend(
         causal=causal, initial_state=initial_state and initial_state.sums,
         return_state=return_state, **options,
     )  # fmt: skip
-    out, sums = found if return_state else (found, None)
+    out, *sums = found if return_state else (found,)
     out = (out[..., :-1] if by_channel and stateful else out).astype(dtype)
-    return (out, PeakState(sums, past.peak[..., -1, :, :])) if return_state else out
+    return (out, PeakState(sums[0], past.peak[..., -1, :, :])) if return_state else out
 
 
 def _before(state: PeakState) -> tuple[Array, Array]:

@@ -160,7 +160,7 @@ def fit_hash(
     num_anchors: int = ANCHORS,
     top_k: int = TOP_K,
     steps: int = 100,
-    learning_rate: float = 5e-4,
+    learning_rate: float | Float[Array, ""] = 5e-4,
 ) -> KernelHash:
     """Hash functions under which tokens that attend to each other agree.
 
@@ -204,7 +204,7 @@ def similar(x: Float[Array, "B T N H"], top_k: int) -> Float[Array, "B N T T"]:
     return most.astype(x.dtype) - least.astype(x.dtype)
 
 
-def _fit_bits(kernel: Array, labels: Array, start: Array, steps: int, rate: float) -> Array:
+def _fit_bits(kernel: Array, labels: Array, start: Array, steps: int, rate: Any) -> Array:
     """A, a row at a time; `labels` are taken down by what each bit explains."""
     bits = start.shape[1]
     optimizer = optax.sgd(rate, momentum=0.9, nesterov=True)

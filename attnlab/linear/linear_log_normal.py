@@ -166,15 +166,15 @@ class LinearLogNormal(Mechanism):
             return out
         kept = {k: options[k] for k in ("mask", "query_offset", "key_offset") if k in options}
         near = diagonal_attention(query, key, value, block_size=self.block_size, **kept)
-        return out * self._part(out, 0) + near * self._part(out, 1)
+        first, second = self._shares(out)
+        return out * first + near * second
 
-    def _part(self, out: Array, which: int) -> Array:
-        """The share of LLN (0) or of the blocks (1)."""
-        if self.hybrid == "average":
-            return jnp.asarray(0.5, out.dtype)
-        first = self.linear_part[...]
-        share = first if not which else 1 - first if self.hybrid == "ratio" else self.block_part
-        return jnp.expand_dims(share[...].astype(out.dtype), range(out.ndim - 2))
+    def _shares(self, out: Array) -> list[Array]:
+        """The factors of LLN and of the blocks."""
+        half = jnp.full((1, 1), 0.5)
+        first = half if self.linear_part is None else self.linear_part[...]
+        second = 1 - first if self.block_part is None else self.block_part[...]
+        return [jnp.expand_dims(x.astype(out.dtype), range(out.ndim - 2)) for x in (first, second)]
 
 
 def _build(num_heads: int, head_width: int, *, rngs: nnx.Rngs) -> LinearLogNormal:

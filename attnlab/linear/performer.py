@@ -92,9 +92,9 @@ def performer_attention(
     rows = features.astype(wide)
     query, key = (x.astype(wide) * query.shape[-1] ** -0.25 for x in (query, key))
     # The length of the query scales all its weights alike, and is left out.
-    exponents = [product("...h,mh->...m", x, rows) for x in (query, key)]
-    exponents[1] = exponents[1] - jnp.sum(jnp.square(key), -1, keepdims=True) / 2
-    found = exponential_attention(*exponents, value.astype(wide), **options)
+    logits = product("...h,mh->...m", key, rows) - jnp.sum(jnp.square(key), -1, keepdims=True) / 2
+    query = product("...h,mh->...m", query, rows)
+    found = exponential_attention(query, logits, value.astype(wide), **options)
     out, *state = found if options.get("return_state") else (found,)
     return (out.astype(dtype), *state) if state else out.astype(dtype)
 

@@ -103,10 +103,8 @@ def clusters(rng, count=6, size=8):
 def fits():
     x = clusters(np.random.default_rng(5))
     options = {"bits": 8, "num_anchors": 12, "top_k": 8}
-    fit = jax.jit(
-        lambda x, steps: fit_hash(x, jax.random.key(2), steps=steps, **options), static_argnums=1
-    )
-    return x, fit(jnp.asarray(x), 0), fit(jnp.asarray(x), 100)
+    fit = jax.jit(lambda x, rate: fit_hash(x, jax.random.key(2), learning_rate=rate, **options))
+    return x, fit(jnp.asarray(x), 0.0), fit(jnp.asarray(x), 0.05)
 
 
 def test_labels_are_the_most_and_the_least_similar():
@@ -131,8 +129,8 @@ def test_a_fit_leaves_less_of_the_labels_and_agrees_more_with_attention():
         agree = np.einsum("bsnk,btnk->bnst", codes, codes)
         left.append(np.sum((8 * labels - agree) ** 2, (0, 2, 3)))
         correlation.append(np.corrcoef(agree.ravel(), attention.ravel())[0, 1])
-    assert np.all(left[1] < left[0])
-    assert correlation[1] > correlation[0]
+    assert correlation[1] > correlation[0] + 0.05
+    assert np.all(left[1] < 0.9 * left[0])
 
 
 def test_the_fit_keeps_what_each_call_needs():

@@ -90,7 +90,7 @@ def test_weights_of_softmax_are_nearly_of_low_rank(rng):
     query, key = (rng.standard_normal((128, 16)) for _ in range(2))
     weights = np.exp(query @ key.T / 4)
     weights /= weights.sum(-1, keepdims=True)
-    assert share(weights) > 0.7 > 0.5 > share(rng.standard_normal((128, 128)))
+    assert share(weights) > 0.65 > 0.5 > share(rng.standard_normal((128, 128)))
 
 
 def test_memory_grows_with_the_length_alone():
