@@ -175,7 +175,9 @@ def _run(name: str, cut: Cut, plan: Plan, keep: bool | None, arrays: Any) -> Any
             x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(size * x.shape[1], *x.shape[2:])
 
-        found = mapped(jax.tree.map(join, arrays, batched))
+        flat, tree = jax.tree.flatten(arrays)
+        joined = map(join, flat, jax.tree.leaves(batched))
+        found = mapped(jax.tree.unflatten(tree, joined))
         found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
         return found, jax.tree.map(lambda _: True, found)
 
