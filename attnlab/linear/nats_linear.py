@@ -14,12 +14,12 @@ many heads for the softmax as for the state, the Gumbel noise, and decoding from
 blocks.  Where documents are packed, a block may hold the end of one and the start of another.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from attnlab.core.attention import attention
 from attnlab.core.entry import Entry, Paper
@@ -35,39 +35,15 @@ from attnlab.core.gates import (
 )
 from attnlab.core.linear_attention import real_inputs, repeat_heads
 from attnlab.core.mask_layout import Layout, layout
-from attnlab.core.masks import Causal, Mask, Segments, as_mask
+from attnlab.core.masks import Causal, Segments, as_mask
 from attnlab.core.modules import Mechanism, RMSNorm
-from attnlab.core.recurrence import linear_recurrence, resets
-from attnlab.core.scores import ScoreModifier, after
-from attnlab.core.terms import ArrayLeaf, At, leaf, static
+from attnlab.core.recurrence import resets
+from attnlab.core.scores import after
+from attnlab.core.typed_blocks import Factor, OwnOrChosen, in_blocks, through_blocks
 
 EPSILON = 1e-5
 BLOCK = 64
 RATES = (1e-3, 16.0)
-
-
-class _OwnOrChosen(Mask):
-    """Real keys of the query's own block, and of earlier blocks those that were chosen."""
-
-    chosen: ArrayLeaf = leaf("B N S")
-    real: ArrayLeaf = leaf("B S")
-    block: int = static(default=BLOCK)
-
-    def allowed(self, at: At) -> Bool[Array, "..."]:
-        own = at.query // self.block == at.key // self.block
-        return (own | self.chosen) & self.real
-
-
-class _Factor(ScoreModifier):
-    """The logarithm of a factor of 1 on weights of earlier blocks: `gate` is 0, its slope is 1."""
-
-    additive: ClassVar[bool] = True
-    gate: ArrayLeaf = leaf("B N S")
-    block: int = static(default=BLOCK)
-
-    def __call__(self, score: Float[Array, "..."], at: At) -> Float[Array, "..."]:
-        own = at.query // self.block == at.key // self.block
-        return score + jnp.where(own, jnp.zeros_like(self.gate), self.gate)
 
 
 def straight_through(score: Float[Array, "*S O"]) -> Float[Array, "*S O"]:
@@ -116,10 +92,10 @@ def nats_linear_attention(
     types = control("types", types, (*batch, -(-length // block), heads, 2), wide)
     real = jnp.ones((*batch, length), bool) if known.keys is None else known.keys
     real = jnp.broadcast_to(real, (*batch, length))
-    normed = (rms_unit(x, epsilon=EPSILON) for x in (query, key))
+    normed = [rms_unit(x, epsilon=EPSILON) for x in (query, key)]
     if gains is not None:
-        normed = (scaled(x, gain) for x, gain in zip(normed, gains, strict=True))
-    softmax = _softmax(*normed, value, types[..., 0], real, known, block, options)
+        normed = [scaled(x, gain) for x, gain in zip(normed, gains, strict=True)]
+    softmax = _softmax(normed[0], normed[1], value, types[..., 0], real, known, block, options)
     beta = control("beta", beta, (*batch, length, heads), wide)
     log_decay = control("log_decay", log_decay, beta.shape, wide)
     log_decay = jnp.where(real[..., None], log_decay, 0)
@@ -141,7 +117,8 @@ def _taken_apart(
             "are typed as a whole sequence is read."
         )
     for name in ("initial_state", "return_state", "return_lse"):
-        if options.pop(name, None) not in (None, False):
+        given = options.pop(name, None)
+        if given is not None and given is not False:
             raise ValueError(f"{name}: there is none of two reads that see different tokens.")
     if mask is None:
         return Layout()
@@ -159,46 +136,25 @@ def _softmax(
     options: dict[str, Any],
 ) -> Array:  # fmt: skip
     factor = jnp.swapaxes(jnp.repeat(chosen, block, axis=-2), -1, -2)[..., : query.shape[-3]]
-    mask = Causal() & _OwnOrChosen(jax.lax.stop_gradient(factor) > 0.5, real, block)
+    mask = Causal() & OwnOrChosen(jax.lax.stop_gradient(factor) > 0.5, real, block)
     if known.ids is not None:
         mask = mask & Segments(jnp.broadcast_to(known.ids, real.shape))
-    own = _Factor(factor - jax.lax.stop_gradient(factor), block)
+    own = Factor(factor - jax.lax.stop_gradient(factor), block)
     return attention(query, key, value, mask=mask, **after(own, options))
 
 
 def _linear(steps: tuple[Array, ...], chosen: Array, ids: Any, block: int) -> Array:
     """The gated delta rule through each block, from the state that earlier chosen blocks left."""
     query, key, value, beta, log_decay = (x.astype(steps[-1].dtype) for x in steps)
-    key, axis, length = unit(key), query.ndim - 3, query.shape[-3]
-    erase = (beta * jnp.exp(log_decay))[..., None] * key
+    key = unit(key)
     arrays = {
         "query": unit(query) * query.shape[-1] ** -0.5, "key": key,
-        "value": beta[..., None] * value, "erase": erase, "log_decay": log_decay,
+        "value": beta[..., None] * value, "log_decay": log_decay,
+        "erase": (beta * jnp.exp(log_decay))[..., None] * key,
     }  # fmt: skip
     if ids is not None:
         arrays["reset"] = resets(jnp.broadcast_to(ids, key.shape[:-2]))
-    parts = {name: _blocks(x, axis, block) for name, x in arrays.items()}
-    factors = jnp.moveaxis(chosen, axis, 0)[..., None, :, None]
-
-    def through(state: Array, now: Any) -> tuple[Array, Array]:
-        part, factor = now
-        out = linear_recurrence(**part, initial_state=state)
-        written = part | {"key": part["key"] * factor}  # without a key nothing is written or erased
-        return linear_recurrence(**written, initial_state=state, return_state=True)[1], out
-
-    shape = (*key.shape[:axis], key.shape[-2], key.shape[-1], value.shape[-1])
-    _, out = jax.lax.scan(through, jnp.zeros(shape, key.dtype), (parts, factors))
-    out = jnp.moveaxis(out, 0, axis)
-    out = out.reshape(*out.shape[:axis], -1, *out.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(out, 0, length, axis=axis)
-
-
-def _blocks(x: Array, axis: int, block: int) -> Array:
-    """Blocks as the first axis, the last filled up with zeros."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    x = jnp.pad(x, widths)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
+    return through_blocks(arrays, chosen, block)
 
 
 class NATSLinear(Mechanism):
@@ -229,7 +185,7 @@ class NATSLinear(Mechanism):
 
     def controls(self, x: Float[Array, "*B T F"]) -> dict[str, Any]:
         (wide,) = widened(x)
-        means = jnp.mean(jnp.moveaxis(_blocks(wide, x.ndim - 2, self.block), 0, x.ndim - 2), -2)
+        means = jnp.mean(jnp.moveaxis(in_blocks(wide, x.ndim - 2, self.block), 0, x.ndim - 2), -2)
         types = straight_through(self.router(means))
         return {
             "beta": jax.nn.sigmoid(self.rate(x)),
