@@ -16,7 +16,7 @@ from attnlab.core.scores import ScoreModifier
 
 if TYPE_CHECKING:
     from attnlab import atlas, testing
-    from attnlab.core.cache import KVCache, PagedKVCache
+    from attnlab.core.cache import KVCache, PagedKVCache, StateCache
     from attnlab.core.decode import decode_attention
     from attnlab.core.modules import Mechanism, MultiHeadAttention
     from attnlab.core.quantize import Quantized, quantization_error_bound, quantize
@@ -36,6 +36,7 @@ __all__ = [
     "Partial",
     "Quantized",
     "ScoreModifier",
+    "StateCache",
     "atlas",
     "attention",
     "block_sparse_attention",
@@ -61,6 +62,7 @@ _LATER = {
     "MultiHeadAttention": "attnlab.core.modules",
     "PagedKVCache": "attnlab.core.cache",
     "Quantized": "attnlab.core.quantize",
+    "StateCache": "attnlab.core.cache",
     "decode_attention": "attnlab.core.decode",
     "quantization_error_bound": "attnlab.core.quantize",
     "quantize": "attnlab.core.quantize",

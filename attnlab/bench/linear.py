@@ -48,9 +48,10 @@ def recurrence(implementation: str) -> Callable[[dict[str, Array]], Array]:
     """The linear recurrence of named inputs."""
 
     def run(given: dict[str, Array]) -> Array:
-        arrays = (given[name] for name in ("query", "key", "value"))
-        rest = {name: given.get(name) for name in ("log_decay", "erase")}
-        return attnlab.linear_recurrence(*arrays, **rest, implementation=implementation)
+        return attnlab.linear_recurrence(
+            given["query"], given["key"], given["value"], log_decay=given["log_decay"],
+            erase=given.get("erase"), implementation=implementation,
+        )  # fmt: skip
 
     return run
 
@@ -122,25 +123,32 @@ def memory(rule: str, kind: str, lengths: tuple[int, ...]) -> Row:
     for length in lengths:
         shapes = jax.eval_shape(lambda length=length: inputs(length, rule))
         compiled = jax.jit(passes(recurrence(CHUNKED), kind)).lower(shapes).compile()
-        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        sizes.append(_temporaries(compiled))
     exponent = growth(lengths, sizes)
     said = f"{sizes[0] / 1e6:,.1f} to {sizes[-1] / 1e6:,.1f} MB, n^{exponent:.2f}"
     cells = {"rule": rule, "pass": kind, "n": "memory", f"{CHUNKED} ms": said}
     return Row(cells, "O(n)", exponent <= GROWTH, {"bytes": dict(zip(lengths, sizes, strict=True))})
 
 
+def _temporaries(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise NotImplementedError("this device's compiler does not tell how much memory it takes.")
+    return int(analysis.temp_size_in_bytes)
+
+
 def decoding(contexts: tuple[int, ...], steps: int = 64) -> Row:
     """A step of decoding behind contexts of many lengths: its time, and the size of its state."""
-    run = jax.jit(
-        lambda given, state: attnlab.linear_recurrence(
-            **given, initial_state=state, return_state=True
-        )
-    )
+
+    @jax.jit
+    def run(given: dict[str, Array], state: Array | None) -> tuple[Array, Array]:
+        return attnlab.linear_recurrence(
+            given["query"], given["key"], given["value"], log_decay=given["log_decay"],
+            erase=given["erase"], initial_state=state, return_state=True,
+        )  # fmt: skip
+
     one = {name: x[:, :1] for name, x in inputs(steps, "gated delta").items()}
-    states = {
-        n: attnlab.linear_recurrence(**inputs(n, "gated delta"), return_state=True)[1]
-        for n in contexts
-    }
+    states = {n: run(inputs(n, "gated delta"), None)[1] for n in contexts}
 
     def walk(state: Array) -> Array:
         for _ in range(steps):

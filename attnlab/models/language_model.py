@@ -28,7 +28,7 @@ from attnlab.core.modules import RMSNorm
 from attnlab.models.layers import Block, dropout
 
 MechanismSource = str | Callable[[nnx.Rngs], attnlab.Mechanism]
-Cache = tuple[attnlab.KVCache, ...]
+Cache = tuple[attnlab.KVCache | attnlab.StateCache, ...]
 CAUSAL_SELF = "causal self"
 
 
@@ -70,7 +70,8 @@ class CausalLM(nnx.Module):
     `mechanism` is the id of an atlas entry that supports causal self-attention
     (`attnlab.models.language_model.causal_ids()` lists them), or a function of `nnx.Rngs` that
     makes one; it is called once per layer, so that layers learn their own priors.  The MLP is
-    `mlp_ratio` times as wide as the model and gated on request.  With `tie_embeddings` the
+    `mlp_ratio` times as wide as the model and gated on request.  `conv_width` is that of the short
+    convolution before each mechanism, by default the mechanism's own.  With `tie_embeddings` the
     matrix that reads tokens also writes logits.
 
     Raises ValueError for sizes that are not positive, `features` that `num_heads` does not
@@ -90,6 +91,7 @@ class CausalLM(nnx.Module):
         mechanism: MechanismSource = "multi-head-attention",
         dropout_rate: float = 0.0,
         tie_embeddings: bool = False,
+        conv_width: int | None = None,
         implementation: str = "auto",
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -117,6 +119,7 @@ class CausalLM(nnx.Module):
                 gated=gated,
                 dropout_rate=dropout_rate,
                 output_scale=(2 * num_layers) ** -0.5,
+                conv_width=conv_width,
                 implementation=implementation,
                 dtype=dtype,
                 rngs=rngs,
@@ -138,7 +141,7 @@ class CausalLM(nnx.Module):
         )
 
     def init_cache(self, batch_shape: Sequence[int], capacity: int) -> Cache:
-        """Empty key/value caches, one per layer, with room for `capacity` tokens."""
+        """Empty caches, one per layer, with room for `capacity` tokens where they hold tokens."""
         dtype = self.embedding.dtype or self.embedding.param_dtype
         return tuple(
             block.attention.create_cache(tuple(batch_shape), capacity, dtype)

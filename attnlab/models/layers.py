@@ -78,6 +78,7 @@ class Block(nnx.Module):
         implementation: str,
         dtype: Any,
         rngs: nnx.Rngs,
+        conv_width: int | None = None,
     ):
         self.attention_norm = RMSNorm(features)
         self.attention = attnlab.MultiHeadAttention(
@@ -86,6 +87,7 @@ class Block(nnx.Module):
             mechanism=mechanism,
             num_kv_heads=num_kv_heads,
             head_width=head_width,
+            conv_width=conv_width,
             dropout_rate=dropout_rate,
             implementation=implementation,
             dtype=dtype,
@@ -103,9 +105,9 @@ class Block(nnx.Module):
         x: Float[Array, "*B T F"],
         *,
         mask: Mask,
-        cache: attnlab.KVCache | None = None,
+        cache: attnlab.KVCache | attnlab.StateCache | None = None,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "*B T F"], attnlab.KVCache | None]:
+    ) -> tuple[Float[Array, "*B T F"], attnlab.KVCache | attnlab.StateCache | None]:
         """The block's output, and the cache with these tokens in it, if one was given."""
         weights_key, attention_key, mlp_key = (
             (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)

@@ -12,6 +12,7 @@ from tests.contract import support
 from tests.contract.properties import PROPERTIES
 
 ORIGINAL = atlas.get("multi-head-attention")
+RECURRENT = atlas.get("linear-transformer")
 
 
 class Damaged(attnlab.Mechanism):
@@ -32,6 +33,39 @@ def copy(defect=None):
     return dataclasses.replace(
         ORIGINAL, module=Damaged, build=lambda num_heads, head_width, *, rngs: Damaged(defect)
     )
+
+
+class DamagedState(RECURRENT.module):
+    """The linear transformer with one defect, or with none."""
+
+    def __init__(self, defect=None):
+        self.defect = defect
+
+    def __call__(self, query, key, value, **options):
+        if self.defect is None:
+            return RECURRENT.function(query, key, value, **options)
+        return self.defect(RECURRENT.function, query, key, value, **options)
+
+
+def copy_with_state(defect=None):
+    return dataclasses.replace(
+        RECURRENT,
+        module=DamagedState,
+        build=lambda num_heads, head_width, *, rngs: DamagedState(defect),
+    )
+
+
+def forgets_its_state(attention, *arrays, initial_state=None, **options):
+    return (
+        attention(*arrays, initial_state=initial_state, **options)
+        if initial_state is None
+        else (attention(*arrays, initial_state=0 * initial_state, **options))
+    )
+
+
+def differs_between_forms(attention, *arrays, implementation="auto", **options):
+    out = attention(*arrays, implementation=implementation, **options)
+    return out if implementation == "parallel" else out * 1.001
 
 
 def leaks_one_key_of_the_future(attention, *arrays, query_offset=0, **options):
@@ -206,11 +240,34 @@ def test_a_planted_defect_is_caught(defect, name, dtype):
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_the_undamaged_copy_passes(name):
     row = support.examine(copy(), name, "float32", "blockwise")
-    assert row["status"] == "pass", row["note"]
+    of_states = name in {name for _, name, _ in STATE_DEFECTS}
+    assert row["status"] == ("n/a" if of_states else "pass"), row["note"]
+
+
+STATE_DEFECTS = [
+    (forgets_its_state, "state continues", "chunked"),
+    (differs_between_forms, "forms agree", "parallel"),
+]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("defect", "name", "implementation"),
+    STATE_DEFECTS,
+    ids=[d.__name__ for d, _, _ in STATE_DEFECTS],
+)
+def test_a_planted_defect_of_a_state_is_caught(defect, name, implementation):
+    errors = []
+    row = support.examine(copy_with_state(defect), name, "float32", implementation, errors)
+    assert row["status"] == "fail", f"{name} did not see it: {row}"
+    assert isinstance(errors[0], AssertionError), "it crashed; the property saw nothing"
+    whole = support.examine(copy_with_state(), name, "float32", implementation)
+    assert whole["status"] == "pass", whole["note"]
 
 
 def test_every_property_has_a_defect_that_it_catches():
-    assert {name for _, name, _ in DEFECTS} == set(PROPERTIES)
+    named = {name for _, name, _ in DEFECTS} | {name for _, name, _ in STATE_DEFECTS}
+    assert named == set(PROPERTIES)
 
 
 def test_a_refusal_must_name_what_can():
