@@ -9,6 +9,8 @@ import math
 import numpy as np
 
 from tests import oracles
+from tests.contract.feature_formulas import FORMULAS_FEATURES
+from tests.contract.recurrence_formulas import FORMULAS_RECURRENCES
 
 
 def _plain(params, query, key, value, **options):
@@ -104,4 +106,6 @@ FORMULAS = {
     "sinusoidal": _placed(_add_waves),
     "bam": _bam,
     "bam-ssmax": _bam_ssmax,
+    **FORMULAS_FEATURES,
+    **FORMULAS_RECURRENCES,
 }
