@@ -11,7 +11,7 @@ over the block leaks nothing.  A softmax block still decays the state.  Types ge
 gradient: that of a factor of 1 on the weights, or the writes, of blocks that were chosen.  Queries
 and keys are RMS-normalized for the softmax and of length 1 for the delta rule.  Left out: twice as
 many heads for the softmax as for the state, the Gumbel noise, and decoding from a cache of chosen
-blocks.  Where documents are packed, a block may hold the end of one and the start of another.
+blocks, which is what saves time: here the softmax masks the others.  Where documents are packed, a block may hold the end of one and the start of another.
 """
 
 from typing import Any
@@ -216,6 +216,8 @@ class NATSLinear(Mechanism):
 
 
 def _build(num_heads: int, head_width: int, *, rngs: nnx.Rngs) -> NATSLinear:
+    # Short blocks, so that few tokens are routed; gradients are slopes of what is computed, which
+    # the straight-through one of a router is not.
     return NATSLinear(
         num_heads * head_width, num_heads, head_width, head_width, block=4, trained=False, rngs=rngs
     )
@@ -236,7 +238,7 @@ ENTRY = Entry(
     formula=r"y_t = w_1\, \mathrm{RMSNorm}(o^{\mathrm{lin}}_t) + "
     r"w_2\, \mathrm{RMSNorm}(o^{\mathrm{soft}}_t), \quad w = \mathrm{softmax}(W^O q_t)",
     patterns=("causal self",),
-    time="O(T·(S'+D)·H), S' tokens in softmax blocks",
+    time="O(T²·H)",
     memory="O(T)",
     exact="Exact, given the types of the blocks.",
     properties=frozenset({"translation-invariant", "gqa", "linear-memory"}),
