@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from attnlab import masks
+from attnlab import MultiHeadAttention, masks
 from attnlab.linear.efficient_attention_linear import efficient_attention
 from attnlab.linear.latte import Latte, latte_attention
 from tests.tolerances import as_float64, assert_close, assert_reordered
@@ -90,6 +91,19 @@ def test_the_next_token_takes_a_state_of_one_size(rng):
         out, state = step(state, jnp.asarray(t, jnp.int32), *row)
         assert_reordered(out[0], whole[t], np.float32)
         assert [x.shape for x in state] == [(1, 3, 6), (1, 3)]
+
+
+def test_a_layer_decodes_with_fewer_latents_than_channels(rng):
+    layer = MultiHeadAttention(
+        12, 4, mechanism=Latte(), num_kv_heads=2, head_width=3, value_width=5, rngs=nnx.Rngs(0)
+    )
+    x = jnp.asarray(rng.standard_normal((2, 9, 12)), jnp.float32)
+    whole = as_float64(nnx.jit(lambda layer, x: layer(x, mask=masks.Causal()))(layer, x))
+    cache = layer.create_cache((2,), 9)
+    step = nnx.jit(lambda layer, x, cache: layer(x, mask=masks.Causal(), cache=cache))
+    for first, last in ((0, 7), (7, 8), (8, 9)):
+        out, cache = step(layer, x[:, first:last], cache)
+        assert_reordered(out, whole[:, first:last], np.float32)
 
 
 def test_wrong_input_is_refused_by_name(rng, as_users_run_it):
