@@ -136,7 +136,7 @@ def _flat(backend: str, plan: Plan, steps: Steps) -> Steps:
     fit = body(backend).padded_width
     length = padded(steps.key.shape[-2], plan.chunk)
     width = fit(steps.key.shape[-1])
-    columns = padded(steps.value.shape[-1], plan.value_block)
+    columns = fit(padded(steps.value.shape[-1], plan.value_block))
     widths = (width, width, columns, 1 if steps.decay == "step" else width, width)
 
     def one(x: Array | None, width: int, axes: int) -> Array | None:

@@ -17,20 +17,13 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def triton_plan(
-    key_width: int,
-    value_width: int,
-    length: int,
-    decay: str,
-    erase: bool,
-    backward: bool,
-    chunk_size: int | None,
-) -> Plan:
-    """The largest chunk and block for which the compiler keeps all in registers on an H100."""
-    chunk = 32
-    block = 32
-    chunk = chunk_size or min(chunk, power_of_two(length))
-    return Plan(chunk, min(block, power_of_two(value_width)), 4, 1)
+def triton_plan(chunk_size: int | None) -> Plan:
+    """Small chunks, whose products fit the registers of eight warps.
+
+    More columns than steps: Triton divides a product between warps along the longer side, and
+    where neither is longer each warp computes all of it.
+    """
+    return Plan(chunk_size or 16, 32, 8, 1)
 
 
 TPU_CHUNK = 64

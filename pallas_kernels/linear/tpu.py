@@ -235,15 +235,16 @@ def forward(
     """Output "P G T D", the last state, and with `keep` the states before chunks, "P C H D"."""
     count, _ = sizes(steps, plan)
     blocks = _Blocks(plan, steps, count, False)
+    given = _lanes(plan, steps)
     out = (
-        jax.ShapeDtypeStruct((*steps.query.shape[:3], steps.value.shape[-1]), steps.query.dtype),
+        jax.ShapeDtypeStruct((*steps.query.shape[:3], steps.value.shape[-1]), given.query.dtype),
         _float32(state.shape),
         _float32((len(state), count, *state.shape[1:])) if keep else None,
     )
     device = Device(_dot, _half(steps), unroll=True)
     kernel = functools.partial(_forward_kernel, device, steps.decay, count)
     return _call(
-        kernel, blocks, (_lanes(plan, steps), state), (blocks.inputs(), blocks.state()), out,
+        kernel, blocks, (given, state), (blocks.inputs(), blocks.state()), out,
         (blocks.outputs(), blocks.state(), blocks.starts() if keep else None), "linear_forward",
         interpret,
     )  # fmt: skip

@@ -38,9 +38,7 @@ def padded_width(width: int) -> int:
 
 def plan(steps: Steps, chunk_size: int | None, backward: bool, kind: str) -> Plan:
     """How to cut these steps."""
-    *_, length, width = steps.key.shape
-    columns, erase = steps.value.shape[-1], steps.erase is not None
-    return triton_plan(width, columns, length, steps.decay, erase, backward, chunk_size)
+    return triton_plan(chunk_size)
 
 
 # Set while a kernel is traced for the interpreter.
