@@ -11,7 +11,8 @@ over the block leaks nothing.  A softmax block still decays the state.  Types ge
 gradient: that of a factor of 1 on the weights, or the writes, of blocks that were chosen.  Queries
 and keys are RMS-normalized for the softmax and of length 1 for the delta rule.  Left out: twice as
 many heads for the softmax as for the state, the Gumbel noise, and decoding from a cache of chosen
-blocks, which is what saves time: here the softmax masks the others.  Where documents are packed, a block may hold the end of one and the start of another.
+blocks, which is what saves time: here the softmax masks the others.  Where documents are packed, a
+block may hold the end of one and the start of another.
 """
 
 from typing import Any
