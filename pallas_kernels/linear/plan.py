@@ -17,13 +17,13 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def triton_plan(chunk_size: int | None) -> Plan:
+def triton_plan(decay: str, chunk_size: int | None) -> Plan:
     """Small chunks, whose products fit the registers of eight warps.
 
     More columns than steps: Triton divides a product between warps along the longer side, and
     where neither is longer each warp computes all of it.
     """
-    return Plan(chunk_size or 16, 32, 8, 1)
+    return Plan(chunk_size or 16, 32, part=32 if decay == "channel" else 64)
 
 
 TPU_CHUNK = 64

@@ -40,13 +40,16 @@ class Steps(NamedTuple):
 class Plan:
     """How a recurrence is cut: steps to a chunk, columns of the state to a program.
 
-    `warps` and `stages` are Triton's.
+    Of Triton: how many channels are multiplied at a time, `scan_part` from chunk to chunk and
+    `part` within one; `warps` and `stages`.
     """
 
     chunk: int
     value_block: int
-    warps: int = 4
+    warps: int = 8
     stages: int = 1
+    part: int = 32
+    scan_part: int = 64
 
 
 def sizes(steps: Steps, plan: Plan) -> tuple[int, int]:

@@ -5,7 +5,8 @@ r"""The mathematics of one chunk, the same on every device.
 `prepare` looks at a chunk of C steps alone, `take` and `put` bring the state "H D" behind it and
 `read` gives what a query head reads there; `jax.vjp` differentiates each within a kernel.  Arrays
 are 2-D and float32, and nothing is sliced, joined or reshaped: what depends on two positions is a
-product with a mask.
+product with a mask.  The H channels of keys come in one part or several: a program multiplies part
+by part where the whole would not fit its registers.
 
 The decay between two positions is a sum, within a 0/1 mask, of numbers <= 0; no sum is ever the
 difference of two, so no exponent is positive, nothing overflows, and no digit is lost beside a
@@ -16,7 +17,7 @@ Yang et al. 2024, arXiv:2406.06484 is the algorithm with `erase`, in its WY form
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -98,13 +99,17 @@ class Device:
 
 
 class Decay(NamedTuple):
-    """The log decays of a chunk, none of them -inf; or none at all.
+    """The log decays of a chunk, none of them -inf, for each part of the channels; or none at all.
 
     `pairs`: their sums `between` two positions, where all channels decay alike.
     """
 
-    wide: Float[Array, "C H"] | None = None
+    wide: "Rows | None" = None
     pairs: Float[Array, "C C"] | None = None
+
+
+Rows = tuple[Float[Array, "C _"], ...]  # the parts of an array "C H"
+State = tuple[Float[Array, "_ D"], ...]  # the parts of an array "H D"
 
 
 def floored(decay: Array) -> Array:
@@ -125,74 +130,79 @@ def of_between(device: Device, d_pairs: Float[Array, "C C"], upto: str) -> Float
 
 
 def prepare(
-    device: Device,
-    key: Float[Array, "C H"],
-    value: Float[Array, "C D"],
-    decay: Decay,
-    erase: Float[Array, "C H"] | None,
-) -> tuple[Float[Array, "C D"], Float[Array, "C H"] | None]:
-    """What the keys would write if the state were zero, and what they take of it: (U, W)."""
+    device: Device, key: Rows, value: Rows, decay: Decay, erase: Rows | None
+) -> tuple[Rows, Rows | None]:
+    """What the keys would write if the state were zero, and what they take of it: (U, W).
+
+    The columns of values come in parts as well.
+    """
     if erase is None:
         return value, None
     lower = _damped(device, erase, key, decay, BEFORE)
-    if decay.wide is not None:
-        erase = erase * jnp.exp(_sums(device, decay, BEFORE))
-    return _solve(device, lower, value, erase)
+    solved = _solve(device, lower, *value, *_decayed(device, erase, decay, BEFORE))
+    return solved[: len(value)], solved[len(value) :]
 
 
 def take(
-    device: Device,
-    state: Float[Array, "H D"],
-    fresh: Float[Array, "C D"],
-    taken: Float[Array, "C H"] | None,
+    device: Device, state: State, fresh: Float[Array, "C D"], taken: Rows | None
 ) -> Float[Array, "C D"]:
     """What each key writes, from what `prepare` gives and the state before the chunk."""
-    return fresh if taken is None else fresh - device.product(taken, state)
+    return fresh if taken is None else fresh - _of_state(device, taken, state)
 
 
-def put(
-    device: Device,
-    state: Float[Array, "H D"],
-    key: Float[Array, "C H"],
-    write: Float[Array, "C D"],
-    decay: Decay,
-) -> Float[Array, "H D"]:
+def put(device: Device, state: State, key: Rows, write: Float[Array, "C D"], decay: Decay) -> State:
     """The state behind a chunk."""
-    if decay.wide is None:
-        return state + device.product(key, write, left=True)
-    late = jnp.exp(_sums(device, decay, AFTER))
-    total = device.product(decay.wide, jnp.ones_like(write), left=True)
-    return state * jnp.exp(total) + device.product(key * late, write, left=True)
+    late = _decayed(device, key, decay, AFTER)
+    added = tuple(device.product(part, write, left=True) for part in late)
+    if decay.wide is not None:
+        ones = jnp.ones_like(write)
+        totals = (device.product(part, ones, left=True) for part in decay.wide)
+        state = tuple(s * jnp.exp(total) for s, total in zip(state, totals, strict=True))
+    return tuple(map(jnp.add, state, added))
 
 
 def read(
     device: Device,
-    state: Float[Array, "H D"],
-    query: Float[Array, "C H"],
-    key: Float[Array, "C H"],
+    state: State,
+    query: Rows,
+    key: Rows,
     write: Float[Array, "C D"],
     decay: Decay,
 ) -> Float[Array, "C D"]:
     """What one head of queries reads in a chunk that starts with `state`."""
-    damped = query
-    if decay.wide is not None:
-        damped = query * jnp.exp(_sums(device, decay, THROUGH))
-    out = device.product(damped, state)
+    out = _of_state(device, _decayed(device, query, decay, THROUGH), state)
     return out + device.product(_damped(device, query, key, decay, THROUGH), write)
 
 
-def _damped(device: Device, rows: Array, keys: Array, decay: Decay, upto: str) -> Array:
-    """What each row reads of each key: j <= i THROUGH the chunk, j < i BEFORE; "C C"."""
-    i, j = _places(len(keys))
-    seen = j <= i if upto == THROUGH else j < i
+def _of_state(device: Device, rows: Rows, state: State) -> Array:
+    return _sum(map(device.product, rows, state))
+
+
+def _decayed(device: Device, rows: Rows, decay: Decay, upto: str) -> Rows:
+    """Rows times the decays from the chunk's start up to each step, or AFTER it."""
     if decay.wide is None:
-        return jnp.where(seen, device.inner(rows, keys), 0.0)
+        return rows
+    mask = _mask(_reached(*_places(len(rows[0])), upto))
+    sums = (device.within(mask, part) for part in decay.wide)
+    return tuple(row * jnp.exp(total) for row, total in zip(rows, sums, strict=True))
+
+
+def _damped(device: Device, rows: Rows, keys: Rows, decay: Decay, upto: str) -> Array:
+    """What each row reads of each key: j <= i THROUGH the chunk, j < i BEFORE; "C C"."""
+    i, j = _places(len(keys[0]))
+    if decay.wide is not None and decay.pairs is None:
+        matrix = _sum(map(_halves(device, upto), rows, keys, decay.wide))
+        if upto == BEFORE:
+            return matrix
+        return matrix + jnp.where(i == j, _sum(map(device.inner, rows, keys)), 0.0)
+    matrix = _sum(map(device.inner, rows, keys))
     if decay.pairs is not None:
-        return jnp.where(seen, device.inner(rows, keys) * jnp.exp(decay.pairs), 0.0)
-    matrix = _halves(device, upto)(rows, keys, decay.wide)
-    if upto == THROUGH:
-        matrix = matrix + jnp.where(i == j, device.inner(rows, keys), 0.0)
-    return matrix
+        matrix = matrix * jnp.exp(decay.pairs)
+    return jnp.where(_reached(i, j, upto), matrix, 0.0)
+
+
+def _sum(parts: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, parts)
 
 
 def _halves(device: Device, upto: str) -> Callable[..., Array]:
@@ -266,13 +276,6 @@ def _solve(device: Device, lower: Array, *sides: Array) -> tuple[Array, ...]:
         return -sum(parts[1:], parts[0]), *d_sides
 
     return device.rule(solve, keep, pull)(lower, *sides)
-
-
-def _sums(device: Device, decay: Decay, upto: str) -> Array:
-    """Sums of the log decays from the chunk's start up to each step, or AFTER it."""
-    assert decay.wide is not None
-    i, j = _places(len(decay.wide))
-    return device.within(_mask(_reached(i, j, upto)), decay.wide)
 
 
 def _reached(i: Array, j: Array, upto: str) -> Array:

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from pallas_kernels.linear import tile
 from pallas_kernels.linear.plan import chunk_limit, device_kind, tpu_memory, tpu_plan
 from pallas_kernels.linear.problem import Plan, Steps, sizes, step_limits
-from pallas_kernels.linear.tile import BEFORE, THROUGH, Decay, Device
+from pallas_kernels.linear.tile import BEFORE, THROUGH, Decay, Device, Rows
 
 
 def limits(steps: Steps, chunk_size: int | None = None) -> str | None:
@@ -117,10 +117,10 @@ def _lanes(plan: Plan, steps: Steps) -> Steps:
     return steps._replace(log_decay=steps.log_decay.reshape(shape))
 
 
-def _chunk(refs: Steps) -> tuple[Array, Array, Array | None]:
-    """Key, value and erase of the present chunk."""
-    key, value = (x[0].astype(jnp.float32) for x in (refs.key, refs.value))
-    return key, value, None if refs.erase is None else refs.erase[0].astype(jnp.float32)
+def _chunk(refs: Steps) -> tuple[Rows, Rows, Rows | None]:
+    """Key, value and erase of the present chunk, in one part each."""
+    key, value = ((x[0].astype(jnp.float32),) for x in (refs.key, refs.value))
+    return key, value, None if refs.erase is None else (refs.erase[0].astype(jnp.float32),)
 
 
 def _decays(device: Device, kind: str, refs: Steps, *uptos: str) -> list[Decay]:
@@ -128,11 +128,11 @@ def _decays(device: Device, kind: str, refs: Steps, *uptos: str) -> list[Decay]:
     if kind == "none":
         return [Decay()] * len(uptos)
     if kind == "channel":
-        return [Decay(tile.floored(refs.log_decay[0]))] * len(uptos)
+        return [Decay((tile.floored(refs.log_decay[0]),))] * len(uptos)
     row, size = tile.floored(refs.log_decay[0, 0]), refs.log_decay.shape[-1]
     wide = jnp.broadcast_to(row.T, (size, refs.key.shape[-1]))
     rows = jnp.broadcast_to(row, (size, size))
-    return [Decay(wide, tile.between(device, rows, upto)) for upto in uptos]
+    return [Decay((wide,), tile.between(device, rows, upto)) for upto in uptos]
 
 
 # -- kernels -------------------------------------------------------------------------------------
@@ -148,22 +148,23 @@ def _forward_kernel(
     def _() -> None:
         state_ref[...] = initial_ref[0]
 
-    state = state_ref[...]
+    state = (state_ref[...],)
     if starts_ref is not None:
-        starts_ref[0, 0] = state
+        starts_ref[0, 0] = state[0]
     key, value, erase = _chunk(steps)
     before, decay = _decays(device, kind, steps, BEFORE, THROUGH)
-    write = tile.take(device, state, *tile.prepare(device, key, value, before, erase))
+    (fresh,), taken = tile.prepare(device, key, value, before, erase)
+    write = tile.take(device, state, fresh, taken)
 
     def each(member: Any, carry: Any) -> Any:
-        query = steps.query[0, member].astype(jnp.float32)
+        query = (steps.query[0, member].astype(jnp.float32),)
         out_ref[0, member] = tile.read(device, state, query, key, write, decay).astype(
             out_ref.dtype
         )
         return carry
 
     _for_each(steps.query.shape[1], each, jnp.int32(0))
-    state_ref[...] = tile.put(device, state, key, write, decay)
+    (state_ref[...],) = tile.put(device, state, key, write, decay)
 
     @pl.when(number == count - 1)
     def _() -> None:
@@ -184,41 +185,41 @@ def _backward_kernel(
     def _() -> None:
         d_state_ref[...] = d_final_ref[0]
 
-    state = starts_ref[0, 0]
+    state = (starts_ref[0, 0],)
     key, value, erase = _chunk(steps)
     before, decay = _decays(device, kind, steps, BEFORE, THROUGH)
-    (fresh, taken), pull_prepare = jax.vjp(
+    ((fresh,), taken), pull_prepare = jax.vjp(
         functools.partial(tile.prepare, device), key, value, before, erase
     )
     write, pull_take = jax.vjp(functools.partial(tile.take, device), state, fresh, taken)
 
     def each(member: Any, totals: Any) -> Any:
-        query = steps.query[0, member].astype(jnp.float32)
+        query = (steps.query[0, member].astype(jnp.float32),)
         pull = jax.vjp(functools.partial(tile.read, device), state, query, key, write, decay)[1]
-        d_state, d_query, *parts = pull(d_out_ref[0, member].astype(jnp.float32))
+        d_state, (d_query,), *parts = pull(d_out_ref[0, member].astype(jnp.float32))
         d_steps.query[0, 0, member] = d_query.astype(d_steps.query.dtype)
         return jax.tree.map(jnp.add, totals, (d_state, *parts))
 
     put = state, key, write, Decay(decay.wide)
-    *totals, d_decay = jax.vjp(functools.partial(tile.put, device), *put)[1](d_state_ref[...])
+    *totals, d_decay = jax.vjp(functools.partial(tile.put, device), *put)[1]((d_state_ref[...],))
     pairs = None if decay.pairs is None else jnp.zeros_like(decay.pairs)
     totals = *totals, Decay(d_decay.wide, pairs)
     totals = _for_each(steps.query.shape[1], each, totals)
-    d_state, d_key, d_write, d_decay = totals
-    more, d_fresh, d_taken = pull_take(d_write)
+    (d_state,), (d_key,), d_write, d_decay = totals
+    (more,), d_fresh, d_taken = pull_take(d_write)
     d_state_ref[...] = d_state + more
-    more_key, d_value, d_before, d_erase = pull_prepare((d_fresh, d_taken))
+    (more_key,), (d_value,), d_before, d_erase = pull_prepare(((d_fresh,), d_taken))
     d_key = d_key + more_key
     d_steps.value[0] = d_value.astype(d_steps.value.dtype)
-    for ref, d in ((d_steps.key, d_key), (d_steps.erase, d_erase)):
-        if ref is not None:
-            ref[0, 0] = d.astype(ref.dtype)
+    d_steps.key[0, 0] = d_key.astype(d_steps.key.dtype)
+    if d_erase is not None:
+        d_steps.erase[0, 0] = d_erase[0].astype(d_steps.erase.dtype)
     if kind == "channel":
-        d_steps.log_decay[0, 0] = d_decay.wide + d_before.wide
+        d_steps.log_decay[0, 0] = d_decay.wide[0] + d_before.wide[0]
     elif kind == "step":
         rows = tile.of_between(device, d_decay.pairs, THROUGH)
         rows = rows + tile.of_between(device, d_before.pairs, BEFORE)
-        wide = jnp.sum(d_decay.wide + d_before.wide, axis=1, keepdims=True)
+        wide = jnp.sum(d_decay.wide[0] + d_before.wide[0], axis=1, keepdims=True)
         d_steps.log_decay[0, 0, 0] = wide.T + jnp.sum(rows, axis=0, keepdims=True)
 
     @pl.when(number == count - 1)

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from pallas_kernels.linear import tile
 from pallas_kernels.linear.plan import chunk_limit, power_of_two, triton_plan
 from pallas_kernels.linear.problem import Plan, Steps, sizes, step_limits
-from pallas_kernels.linear.tile import BEFORE, THROUGH, Decay, Device
+from pallas_kernels.linear.tile import BEFORE, THROUGH, Decay, Device, Rows, State
 
 
 def limits(steps: Steps, chunk_size: int | None = None) -> str | None:
@@ -38,7 +38,7 @@ def padded_width(width: int) -> int:
 
 def plan(steps: Steps, chunk_size: int | None, backward: bool, kind: str) -> Plan:
     """How to cut these steps."""
-    return triton_plan(chunk_size)
+    return triton_plan(steps.decay, chunk_size)
 
 
 # Set while a kernel is traced for the interpreter.
@@ -72,48 +72,69 @@ class _At:
     def columns(self) -> Any:
         return pl.ds(self.block * self.plan.value_block, self.plan.value_block)
 
-    def keys(self, ref: Any) -> Array | None:
-        return None if ref is None else ref[self.p, self.rows, :].astype(jnp.float32)
+    def parts(self, width: int) -> list[Any]:
+        size = min(self.plan.part, width)
+        return [pl.ds(first, size) for first in range(0, width, size)]
+
+    def keys(self, ref: Any) -> Rows | None:
+        if ref is None:
+            return None
+        parts = (ref[self.p, self.rows, part] for part in self.parts(ref.shape[-1]))
+        return tuple(x.astype(jnp.float32) for x in parts)
 
     def values(self, ref: Any) -> Array:
         return ref[self.p, self.rows, self.columns].astype(jnp.float32)
 
-    def queries(self, ref: Any, member: Any) -> Array:
-        return ref[self.p, member, self.rows, :].astype(jnp.float32)
+    def queries(self, ref: Any, member: Any) -> Rows:
+        parts = (ref[self.p, member, self.rows, part] for part in self.parts(ref.shape[-1]))
+        return tuple(x.astype(jnp.float32) for x in parts)
 
     def outputs(self, ref: Any, member: Any) -> Array:
         return ref[self.p, member, self.rows, self.columns].astype(jnp.float32)
 
-    def state(self, ref: Any) -> Array:
-        return ref[self.p, self.chunk, :, self.columns]
+    def state(self, ref: Any) -> State:
+        """Of the present chunk, or one to a sequence."""
+        place = (self.p, self.chunk)[: ref.ndim - 2]
+        return tuple(ref[*place, part, self.columns] for part in self.parts(ref.shape[-2]))
 
     def decay(self, device: Device, steps: Steps, upto: str | None = None) -> Decay:
         if steps.log_decay is None:
             return Decay()
         if steps.decay == "channel":
-            return Decay(tile.floored(steps.log_decay[self.p, self.rows, :]))
+            return Decay(tuple(map(tile.floored, self.keys(steps.log_decay) or ())))
         g = tile.floored(steps.log_decay[self.p, self.rows, 0])
-        size, width = self.plan.chunk, steps.key.shape[-1]
-        wide = jnp.broadcast_to(g[:, None], (size, width))
+        size, parts = self.plan.chunk, self.parts(steps.key.shape[-1])
+        wide = tuple(jnp.broadcast_to(g[:, None], (size, part.size)) for part in parts)
         if upto is None:
             return Decay(wide)
         row = jnp.broadcast_to(g[None, :], (size, size))
         return Decay(wide, tile.between(device, row, upto))
 
-    def put_keys(self, ref: Any, d: Array, more: Any = None) -> None:
-        """A cotangent like that of keys, for this block of columns, and what is added to it."""
-        place = (self.block, self.p, self.rows, slice(None))
-        d = d if more is None else d + more[place]
-        ref[place] = d.astype(ref.dtype)
+    def put_state(self, ref: Any, state: State) -> None:
+        place = (self.p, self.chunk)[: ref.ndim - 2]
+        for part, x in zip(self.parts(ref.shape[-2]), state, strict=True):
+            ref[*place, part, self.columns] = x
 
-    def put_decay(self, ref: Any, d: Array | None, more: Any = None) -> None:
+    def put_keys(self, ref: Any, rows: Rows, *lead: Any, more: Any = None) -> None:
+        """Rows like keys, where `lead` says, and what is to be added to them."""
+        for part, x in zip(self.parts(ref.shape[-1]), rows, strict=True):
+            place = (*(lead or (self.p,)), self.rows, part)
+            ref[place] = (x if more is None else x + more[place]).astype(ref.dtype)
+
+    def put_decay(self, ref: Any, d: Decay, more: Any = None) -> None:
         """The cotangent of `wide`, each row of it summed where channels decay alike."""
-        if d is None:
+        if d.wide is None:
             return
-        shared = ref.shape[-1] == 1
-        place = (self.block, self.p, self.rows, 0 if shared else slice(None))
-        d = jnp.sum(d, axis=1) if shared else d
-        ref[place] = d if more is None else d + more[place]
+        if ref.shape[-1] > 1:
+            self.put_keys(ref, d.wide, self.block, self.p, more=more)
+            return
+        place = (self.block, self.p, self.rows, 0)
+        total = functools.reduce(jnp.add, (jnp.sum(x, axis=1) for x in d.wide))
+        ref[place] = total if more is None else total + more[place]
+
+    def put_pairs(self, ref: Any, d: Decay) -> None:
+        if ref is not None:
+            ref[self.block, self.p, self.rows, :] = d.pairs
 
 
 # -- forward -------------------------------------------------------------------------------------
@@ -128,25 +149,25 @@ def _prepare(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
         at.decay(device, steps, BEFORE),
         at.keys(steps.erase),
     )
-    fresh_ref[at.p, at.rows, :] = fresh
-    taken_ref[at.p, at.rows, :] = taken
+    at.put_keys(fresh_ref, fresh)
+    at.put_keys(taken_ref, taken)
 
 
 def _scan(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     steps, fresh_ref, taken_ref, initial_ref = inputs
     starts_ref, final_ref, write_ref = outputs
 
-    def visit(chunk: Any, state: Array) -> Array:
+    def visit(chunk: Any, state: State) -> State:
         here = dataclasses.replace(at, chunk=chunk)
-        starts_ref[at.p, chunk, :, at.columns] = state
+        here.put_state(starts_ref, state)
         write = tile.take(device, state, here.values(fresh_ref), here.keys(taken_ref))
         if write_ref is not None:
             write_ref[at.p, here.rows, at.columns] = write
         return tile.put(device, state, here.keys(steps.key), write, here.decay(device, steps))
 
     count, _ = sizes(steps, at.plan)
-    first = initial_ref[at.p, :, at.columns]
-    final_ref[at.p, :, at.columns] = jax.lax.fori_loop(0, jnp.int32(count), visit, first)
+    first = at.state(initial_ref)
+    at.put_state(final_ref, jax.lax.fori_loop(0, jnp.int32(count), visit, first))
 
 
 def _read(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
@@ -208,17 +229,16 @@ def _read_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
         at_query = state, at.queries(steps.query, member), *rest
         pull = jax.vjp(functools.partial(tile.read, device), *at_query)[1]
         d_state, d_query, *parts = pull(d_out)
-        d_query_ref[at.block, at.p, member, at.rows, :] = d_query.astype(d_query_ref.dtype)
+        at.put_keys(d_query_ref, d_query, at.block, at.p, member)
         return jax.tree.map(jnp.add, totals, (d_state, *parts))
 
     start = jax.tree.map(jnp.zeros_like, shared)
     d_state, d_key, d_write, d_decay = _for_each(steps.query.shape[1], each, start)
-    d_starts_ref[at.p, at.chunk, :, at.columns] = d_state
-    d_key_ref[at.block, at.p, at.rows, :] = d_key
+    at.put_state(d_starts_ref, d_state)
+    at.put_keys(d_key_ref, d_key, at.block, at.p)
     d_write_ref[at.p, at.rows, at.columns] = d_write
-    at.put_decay(d_decay_ref, d_decay.wide)
-    if d_pairs_ref is not None:
-        at.put_keys(d_pairs_ref, d_decay.pairs)
+    at.put_decay(d_decay_ref, d_decay)
+    at.put_pairs(d_pairs_ref, d_decay)
 
 
 def _scan_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
@@ -227,21 +247,21 @@ def _scan_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     d_ends_ref, d_initial_ref = outputs
     count, _ = sizes(steps, at.plan)
 
-    def visit(number: Any, d_end: Array) -> Array:
+    def visit(number: Any, d_end: State) -> State:
         here = dataclasses.replace(at, chunk=count - 1 - number)
-        d_ends_ref[at.p, here.chunk, :, at.columns] = d_end
+        here.put_state(d_ends_ref, d_end)
         d_write = here.values(d_write_ref)
-        zero = jnp.zeros_like(d_end), jnp.zeros_like(d_write)  # linear: at any will do
+        zero = jax.tree.map(jnp.zeros_like, (d_end, d_write))  # linear: at any will do
         put = zero[0], here.keys(steps.key), zero[1], here.decay(device, steps)
         d_state, _, more, _ = jax.vjp(functools.partial(tile.put, device), *put)[1](d_end)
         if taken_ref is not None:
             take = *zero, here.keys(taken_ref)
             pull = jax.vjp(functools.partial(tile.take, device), *take)[1]
-            d_state = d_state + pull(d_write + more)[0]
-        return d_state + here.state(d_starts_ref)
+            d_state = tuple(map(jnp.add, d_state, pull(d_write + more)[0]))
+        return tuple(map(jnp.add, d_state, here.state(d_starts_ref)))
 
-    last = d_final_ref[at.p, :, at.columns]
-    d_initial_ref[at.p, :, at.columns] = jax.lax.fori_loop(0, jnp.int32(count), visit, last)
+    last = at.state(d_final_ref)
+    at.put_state(d_initial_ref, jax.lax.fori_loop(0, jnp.int32(count), visit, last))
 
 
 def _put_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
@@ -254,13 +274,13 @@ def _put_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
         at.state(d_ends_ref)
     )
     d_write = d_write + at.values(more_write_ref)
-    at.put_keys(d_key_ref, d_key, more_key_ref)
-    at.put_decay(d_decay_ref, d_decay.wide, more_decay_ref)
+    at.put_keys(d_key_ref, d_key, at.block, at.p, more=more_key_ref)
+    at.put_decay(d_decay_ref, d_decay, more_decay_ref)
     d_fresh_ref[at.p, at.rows, at.columns] = d_write.astype(d_fresh_ref.dtype)
     if taken_ref is not None:
         take = state, write, at.keys(taken_ref)
         _, _, d_taken = jax.vjp(functools.partial(tile.take, device), *take)[1](d_write)
-        at.put_keys(d_taken_ref, d_taken)
+        at.put_keys(d_taken_ref, d_taken, at.block, at.p)
 
 
 def _prepare_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
@@ -274,12 +294,11 @@ def _prepare_back(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
     )
     pull = jax.vjp(functools.partial(tile.prepare, device), *place)[1]
     d_key, d_value, d_decay, d_erase = pull((at.keys(d_fresh_ref), at.keys(d_taken_ref)))
-    at.put_keys(d_key_ref, d_key)
-    at.put_decay(d_decay_ref, d_decay.wide)
-    if d_pairs_ref is not None:
-        at.put_keys(d_pairs_ref, d_decay.pairs)
-    for ref, d in ((d_value_ref, d_value), (d_erase_ref, d_erase)):
-        ref[at.p, at.rows, :] = d.astype(ref.dtype)
+    at.put_keys(d_key_ref, d_key, at.block, at.p)
+    at.put_decay(d_decay_ref, d_decay)
+    at.put_pairs(d_pairs_ref, d_decay)
+    at.put_keys(d_value_ref, d_value)
+    at.put_keys(d_erase_ref, d_erase)
 
 
 def backward(
@@ -380,7 +399,8 @@ def _call(
         for axis in reversed(axes):
             size = jnp.int32(full[axis])
             places[axis], number = jax.lax.rem(number, size), jax.lax.div(number, size)
-        at = _At(plan, *(places[axis] for axis in "pcb"))
+        part = plan.part if "c" in axes else plan.scan_part
+        at = _At(dataclasses.replace(plan, part=part), *(places[axis] for axis in "pcb"))
         token = _interpreted.set(bool(interpret))
         try:
             given = jax.tree.unflatten(tree, refs[: len(flat)])

@@ -14,6 +14,7 @@ from attnlab.core.kernels import interpret
 from attnlab.core.recurrence_forms import Steps, chunked
 from attnlab.core.recurrence_kernels import kernel_recurrence
 from pallas_kernels.linear import linear_recurrence
+from pallas_kernels.linear.plan import triton_plan
 from tests.kernels import linear_cases as cases
 from tests.kernels.linear_cases import BACKENDS, DECAYS, Problem
 from tests.tolerances import as_float64, assert_reordered
@@ -50,6 +51,14 @@ def test_equals_the_loop(backend, problem, dtype, seed):
 def test_gradients_are_slopes_of_the_loop(backend, decay, erase):
     problem = Problem((), 19, 1, 2, 6, 18, decay, erase, 0.5)
     cases.check_gradients(backend, problem)
+
+
+@pytest.mark.parametrize(("decay", "width"), [("step", 70), ("channel", 33)])
+def test_wide_keys_are_multiplied_part_by_part(decay, width):
+    problem = Problem((), 18, 1, 1, width, 34, decay, True)
+    assert width > triton_plan(decay, None).part
+    cases.check_values("triton", problem)
+    cases.check_gradients("triton", problem)
 
 
 @pytest.mark.parametrize("decay", DECAYS[1:])

@@ -24,14 +24,14 @@ def array(*shape, dtype=jnp.float32):
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 1000])
 def test_chunks_are_powers_of_two_that_cover_a_sequence(length):
-    for plan in (triton_plan(None), tpu_plan(64, length, None)):
+    for plan in (triton_plan("step", None), tpu_plan(64, length, None)):
         assert chunk_limit(plan.chunk) is None
         assert 0 <= padded(length, plan.chunk) - length < plan.chunk
     assert tpu_plan(64, length, None).chunk <= max(16, 2 * length)
 
 
 def test_a_chunk_that_is_asked_for_is_taken():
-    assert triton_plan(32).chunk == tpu_plan(64, 500, 32).chunk == 32
+    assert triton_plan("none", 32).chunk == tpu_plan(64, 500, 32).chunk == 32
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 8, 24, 48, -16])
@@ -40,7 +40,7 @@ def test_a_chunk_that_cannot_be_halved_is_refused(wrong):
 
 
 def test_triton_divides_products_between_warps():
-    plan = triton_plan(None)
+    plan = triton_plan("step", None)
     assert plan.value_block > plan.chunk
 
 
