@@ -1,12 +1,13 @@
 """One state, three forms: each against a float64 loop, in values, states and gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.core.recurrence import FORMS, linear_recurrence, resets
@@ -63,12 +64,17 @@ class Problem:
         return arrays, options
 
 
-def run(arrays, options, implementation, **more):
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+def compiled(arrays, options, implementation, chunk_size):
+    return linear_recurrence(
+        *arrays, **options, implementation=implementation, chunk_size=chunk_size, return_state=True
+    )
+
+
+def run(arrays, options, implementation, chunk_size=64):
     arrays = [jnp.asarray(x) for x in arrays]
     options = {name: jnp.asarray(x) for name, x in options.items()}
-    return linear_recurrence(
-        *arrays, **options, implementation=implementation, return_state=True, **more
-    )
+    return compiled(arrays, options, implementation, chunk_size)
 
 
 def exact(arrays, options):
@@ -87,6 +93,7 @@ PROBLEMS = st.builds(
 )
 
 
+@settings(max_examples=15)
 @given(PROBLEMS, st.sampled_from([0.1, 1.0, 300.0]), st.booleans(), st.integers(0, 2**31))
 @pytest.mark.parametrize("implementation", FORMS)
 def test_equals_the_loop(implementation, problem, strength, reset, seed):
@@ -180,7 +187,7 @@ def test_a_sequence_can_be_split_anywhere(implementation, erase):
 
 @pytest.mark.parametrize("implementation", FORMS)
 def test_packed_documents_do_not_meet(implementation):
-    """Three documents in a row equal each alone; and nothing of one, NaN included, reaches another."""
+    """Three documents in a row equal each alone."""
     problem = Problem((1,), 19, decay="channel", erase=True)
     arrays, options = problem.numbers(4, state=False)
     ids = jnp.asarray([[7] * 5 + [2] * 6 + [3] * 8])
