@@ -110,7 +110,7 @@ def forward(
     *lead, length, _ = steps.query.shape
     out = out.reshape(*lead, *out.shape[-2:])[..., :length, : steps.value.shape[-1]]
     final = final[:, : state.shape[-2], : state.shape[-1]].reshape(state.shape)
-    return out, final, kept
+    return out.astype(steps.query.dtype), final, kept
 
 
 def backward(
