@@ -3,7 +3,8 @@
 The same small model with another mechanism each time learns multi-query associative recall
 (`attnlab.tasks.AssociativeRecall`).  The number of heads sets the size of the state and nothing
 else: F features in N heads make F² / N numbers a layer.  Softmax attention, which keeps all keys
-and values, is the ceiling; all have the same short convolution before them.
+and values, is the ceiling; all have the same short convolution before them, the same learning rate
+and as many steps, which suits some better than others: a low figure may be slow learning.
 """
 
 from functools import partial
@@ -21,12 +22,12 @@ from attnlab.tasks import AssociativeRecall
 from attnlab.training import TrainConfig
 from attnlab.training.loop import fit
 
-TASK, LENGTH = AssociativeRecall(vocab_size=64, num_kv_pairs=12), 64
+TASK, LENGTH = AssociativeRecall(vocab_size=64, num_kv_pairs=8), 40
 FEATURES, LAYERS, CONV = 64, 2, 4
 HEADS = (16, 4, 1)  # states of 256, 1,024 and 4,096 numbers a layer
 CEILING = "rope"
-TRAIN = TrainConfig(steps=1200, batch_size=32, context=LENGTH, learning_rate=4e-3, warmup=100)
-SEEDS = (0, 1)
+TRAIN = TrainConfig(steps=1500, batch_size=32, context=LENGTH, learning_rate=4e-3, warmup=100)
+SEEDS = (0,)
 ROWS = 512  # unseen, for the score
 
 
