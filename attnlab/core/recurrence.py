@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.core.inputs import check_inputs
 from attnlab.core.recurrence_forms import Steps, chunked, cleared, parallel, recurrent
+from attnlab.core.recurrence_kernels import BACKENDS, best, kernel_recurrence
 from attnlab.core.reference import heads_first
 
 FORMS = ("parallel", "chunked", "recurrent")
@@ -54,8 +55,9 @@ def linear_recurrence(
         document (`resets`).
       initial_state: the state before the first step, zeros by default; float32 (float64 for such
         inputs).
-      implementation: "parallel", "chunked", "recurrent", or "auto": recurrent for fewer than 4
-        steps, else chunked.
+      implementation: "parallel", "chunked", "recurrent", a fused kernel, "triton" or "tpu", or
+        "auto": recurrent for fewer than 4 steps, else the kernel of the device, if it has one that
+        serves the call, else chunked.
       chunk_size: steps at a time in the chunked form; it need not divide T.
       return_state: also return the state after the last step, "*B K H D".
 
@@ -68,6 +70,7 @@ def linear_recurrence(
         another dtype.
       ValueError: shapes that do not fit, a log decay above 0 (where its values are known, that is
         outside of jit), a chunk size below 1, an unknown implementation.
+      NotImplementedError: a kernel that cannot serve the call, or whose device is not here.
     """
     query, key, value = check_inputs(query, key, value, empty=True)
     if query.shape[-3] != key.shape[-3]:
@@ -75,9 +78,10 @@ def linear_recurrence(
             f"key: length {key.shape[-3]} differs from that of query, {query.shape[-3]}; "
             "a recurrence reads and writes at every step."
         )
-    if implementation not in ("auto", *FORMS):
+    known = (*FORMS, *BACKENDS)
+    if implementation not in ("auto", *known):
         raise ValueError(
-            f'implementation: expected "auto" or one of {", ".join(FORMS)}, got {implementation!r}.'
+            f'implementation: expected "auto" or one of {", ".join(known)}, got {implementation!r}.'
         )
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}.")
@@ -87,10 +91,10 @@ def linear_recurrence(
         _grouped_heads(query, key.shape[-2]), heads_first(key), heads_first(value),
         _decay(log_decay, key), _erase(erase, key),
     )  # fmt: skip
-    steps = jax.tree.map(lambda x: x.astype(dtype), steps)
+    given, steps = steps, jax.tree.map(lambda x: x.astype(dtype), steps)
     if reset is not None:
         steps = cleared(steps, _reset(reset, key))
-    out, state = _run(steps, state, implementation, chunk_size)
+    out, state = _run(steps, state, implementation, chunk_size, _narrow(steps, given))
     out = _ungrouped(out).astype(query.dtype)
     return (out, state) if return_state else out
 
@@ -106,13 +110,26 @@ def state_dtype(dtype: Any) -> Any:
     return jnp.dtype("float64") if dtype == jnp.float64 else jnp.dtype("float32")
 
 
-def _run(steps: Steps, state: Array, implementation: str, chunk_size: int) -> tuple[Array, Array]:
+def _narrow(steps: Steps, given: Steps) -> Steps:
+    """The steps in the dtypes they were given in, the decays apart."""
+    erase = steps.erase
+    if erase is not None and given.erase is not None:
+        erase = erase.astype(given.erase.dtype)
+    return given._replace(log_decay=steps.log_decay, erase=erase)
+
+
+def _run(
+    steps: Steps, state: Array, implementation: str, chunk_size: int, narrow: Steps
+) -> tuple[Array, Array]:
     length = steps.key.shape[-2]
     if not length:
         shape = (*steps.query.shape[:-1], steps.value.shape[-1])
         return jnp.zeros(shape, state.dtype), state
     if implementation == "auto":
-        implementation = "recurrent" if length < SHORTEST_CHUNKED else "chunked"
+        short = length < SHORTEST_CHUNKED
+        implementation = "recurrent" if short else best(narrow) or "chunked"
+    if implementation in BACKENDS:
+        return kernel_recurrence(narrow, state, implementation)
     if implementation == "recurrent":
         return recurrent(steps, state)
     if implementation == "parallel":

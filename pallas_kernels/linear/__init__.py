@@ -91,7 +91,8 @@ def _keep(cut: Cut, steps: Steps, state: Array) -> Any:
 
 
 def _pull(cut: Cut, kept: Any, cotangent: tuple[Array, Array]) -> tuple[Steps, Array]:
-    return backward(cut, *kept, *cotangent)
+    steps, found = kept
+    return backward(cut, steps, found, *cotangent)
 
 
 _solve.defvjp(_keep, _pull)

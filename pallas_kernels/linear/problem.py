@@ -9,17 +9,16 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
 
 class Steps(NamedTuple):
-    """What enters at each step."""
+    """What enters at each step: arrays, or what belongs to each of them (refs, specs, shapes)."""
 
-    query: Array
-    key: Array
-    value: Array
-    log_decay: Array | None = None
-    erase: Array | None = None
+    query: Any
+    key: Any
+    value: Any
+    log_decay: Any = None
+    erase: Any = None
 
     @property
     def decay(self) -> str:

@@ -303,8 +303,8 @@ def _call(
     def leaves(specs: Any) -> Sequence[Any]:
         return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec))
 
-    def traced(*refs: Any) -> None:
-        *refs, state_ref = refs
+    def traced(*places: Any) -> None:
+        *refs, state_ref = places
         given = jax.tree.unflatten(tree, refs[: len(flat)])
         kernel(*given, *jax.tree.unflatten(out_tree, refs[len(flat) :]), state_ref)
 

@@ -76,7 +76,8 @@ class _At:
         size = min(self.plan.part, width)
         return [pl.ds(first, size) for first in range(0, width, size)]
 
-    def keys(self, ref: Any) -> Rows | None:
+    def keys(self, ref: Any) -> Any:
+        """`Rows`, or None of an array that is not there."""
         if ref is None:
             return None
         parts = (ref[self.p, self.rows, part] for part in self.parts(ref.shape[-1]))
@@ -101,7 +102,7 @@ class _At:
         if steps.log_decay is None:
             return Decay()
         if steps.decay == "channel":
-            return Decay(tuple(map(tile.floored, self.keys(steps.log_decay) or ())))
+            return Decay(tuple(map(tile.floored, self.keys(steps.log_decay))))
         g = tile.floored(steps.log_decay[self.p, self.rows, 0])
         size, parts = self.plan.chunk, self.parts(steps.key.shape[-1])
         wide = tuple(jnp.broadcast_to(g[:, None], (size, part.size)) for part in parts)
@@ -150,7 +151,7 @@ def _prepare(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
         at.keys(steps.erase),
     )
     at.put_keys(fresh_ref, fresh)
-    at.put_keys(taken_ref, taken)
+    at.put_keys(taken_ref, taken or ())
 
 
 def _scan(device: Device, at: _At, inputs: Any, outputs: Any) -> None:
@@ -200,7 +201,7 @@ def forward(
     value, fresh, taken = steps.value.shape, steps.value, None
     writes = None
     if steps.erase is not None:
-        out = _float32(value), _float32(steps.key.shape)
+        out: Any = _float32(value), _float32(steps.key.shape)
         fresh, taken = run(_prepare, "pc", steps, out, "linear_prepare")
         writes = _float32(value)
     out = _float32((len(state), count, *state.shape[1:])), _float32(state.shape), writes
@@ -310,7 +311,7 @@ def backward(
     blocks = sizes(steps, plan)[1]
     erased = taken is not None
 
-    def part(x: Array | None, count: int = blocks, dtype: Any = jnp.float32) -> Any:
+    def part(x: Any, count: int = blocks, dtype: Any = jnp.float32) -> Any:
         """One for each block of columns, to be summed."""
         return None if x is None else jax.ShapeDtypeStruct((count, *x.shape), dtype)
 
@@ -320,7 +321,7 @@ def backward(
     pairs = None
     if steps.decay == "step":
         pairs = jax.ShapeDtypeStruct((*steps.key.shape[:2], plan.chunk), jnp.float32)
-    out = (
+    out: Any = (
         _float32(starts.shape), part(steps.query), part(steps.key), _float32(write.shape),
         part(steps.log_decay), part(pairs),
     )  # fmt: skip

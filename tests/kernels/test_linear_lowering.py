@@ -32,13 +32,13 @@ def shapes(decay="none", erase=False, dtype="bfloat16", width=64, value_width=80
 
 
 def gradients(backend):
-    """Of everything, from output and last state."""
+    """A call and the gradient of everything, from output and last state."""
 
     def loss(steps, state):
         out, state = linear_recurrence(steps, state, backend)
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
 
-    return jax.grad(loss, (0, 1))
+    return jax.value_and_grad(loss, (0, 1))
 
 
 def kernels(backend, erase):
