@@ -248,18 +248,23 @@ def _placed(
     place = jnp.arange(length, dtype=jnp.int32)
     place = place + jnp.asarray(offsets[0], jnp.int32) - jnp.asarray(offsets[1], jnp.int32)
     total = keys + length
-    inside = jnp.where(place < 0, total, place)  # what lies beyond the end is dropped
+    slot = jnp.minimum(place, keys + jnp.arange(length, dtype=jnp.int32))
     room = jnp.zeros((*query.shape[:axis], total, *query.shape[-2:]), query.dtype)
-    before = (slice(None),) * axis
-    query = room.at[(*before, inside)].set(query, mode="drop")
+    inside = jnp.where(slot < 0, total, slot)  # what lies beyond the end is dropped
+    decay = options["log_decay"]
+    if decay is not None and jnp.ndim(decay) == 1:  # it goes on where there are no more steps
+        by_head = jnp.repeat(decay, query.shape[-2] // key.shape[-2]).astype(query.dtype)
+        waited = (place - slot).astype(query.dtype)[:, None] * by_head[None, :]
+        query = query * jnp.expand_dims(jnp.exp(waited), (*range(axis), axis + 2))
+    query = room.at[(*(slice(None),) * axis, inside)].set(query, mode="drop")
     for name in ("log_decay", "erase", "reset"):
         x = options.get(name)
-        if x is not None and jnp.ndim(x) > 1:
+        if x is not None and (name != "log_decay" or jnp.ndim(x) > 1):
             options[name] = _longer(x, axis, total)
     out, state = linear_recurrence(
         query, _longer(key, axis, total), _longer(value, axis, total), **options
     )
-    out = jnp.take(out, jnp.clip(place, 0, total - 1), axis=axis)
+    out = jnp.take(out, jnp.clip(slot, 0, total - 1), axis=axis)
     return _kept(out, place >= 0), state
 
 
