@@ -45,7 +45,9 @@ def nothing_is_erased(planting):
 
 def the_state_is_not_decayed(planting):
     def put(device, state, key, write, decay):
-        return state + device.product(key, write, left=True)
+        return tuple(
+            s + device.product(k, write, left=True) for s, k in zip(state, key, strict=True)
+        )
 
     planting.setattr(tile, "put", put)
 
@@ -56,7 +58,7 @@ def minus_infinity_is_left(planting):
 
 def the_state_is_forgotten_between_chunks(planting):
     def change(read):
-        return lambda device, state, *rest: read(device, jnp.zeros_like(state), *rest)
+        return lambda device, state, *rest: read(device, tuple(map(jnp.zeros_like, state)), *rest)
 
     wrapped(planting, "read", change)
 
