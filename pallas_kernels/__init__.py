@@ -1,1 +1,1 @@
-"""Fused attention kernels in Pallas, usable without Flax: `pallas_kernels.flash` and `decode`."""
+"""Fused attention kernels in Pallas, usable without Flax: `flash`, `linear` and `decode`."""
