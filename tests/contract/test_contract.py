@@ -9,15 +9,14 @@ from tests.contract.properties import PROPERTIES
 
 ENTRIES = atlas.entries()
 SUBJECTS = [
-    pytest.param(entry, implementation, id=f"{id}-{implementation}")
+    pytest.param(entry, implementation, dtype, id=f"{id}-{implementation}-{dtype}")
     for id, entry in ENTRIES.items()
-    for implementation in entry.implementations
+    for implementation, dtype in support.runs(entry)
 ]
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
-@pytest.mark.parametrize("dtype", support.DTYPES)
-@pytest.mark.parametrize(("entry", "implementation"), SUBJECTS)
+@pytest.mark.parametrize(("entry", "implementation", "dtype"), SUBJECTS)
 def test_promise(entry, implementation, dtype, name, record_property, request):
     if name == "bad input raises":
         request.getfixturevalue("as_users_run_it")
