@@ -19,7 +19,7 @@ from attnlab.core.mask_layout import Layout, layout
 from attnlab.core.masks import Causal, Full, Mask, as_mask, check_mask
 from attnlab.core.recurrence import (
     CHUNK_SIZE,
-    FORMS,
+    check_implementation,
     linear_recurrence,
     resets,
     state_dtype,
@@ -60,7 +60,7 @@ def linear_attention(
       query_offset, key_offset: position of the first query and of the first key.
       initial_state, return_state: as for `attnlab.linear_recurrence`, and causal only; with
         `normalize` a state has one more column, E = D + 1, the sum of keys.
-      implementation: "parallel", "chunked", "recurrent" or "auto".
+      implementation: as for `attnlab.linear_recurrence`.
 
     Raises:
       TypeError, ValueError: as `attnlab.linear_recurrence`; options of softmax attention that mean
@@ -70,10 +70,7 @@ def linear_attention(
     """
     _refuse(refused)
     query, key, value = check_inputs(query, key, value, empty=True)
-    if implementation not in ("auto", *FORMS):
-        raise ValueError(
-            f'implementation: expected "auto" or one of {", ".join(FORMS)}, got {implementation!r}.'
-        )
+    check_implementation(implementation)
     mask = Full() if mask is None else as_mask(mask)
     lengths, offsets = (query.shape[-3], key.shape[-3]), (query_offset, key_offset)
     sizes = {"N": query.shape[-2], "T": lengths[0], "S": lengths[1]}

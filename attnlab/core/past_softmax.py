@@ -27,7 +27,7 @@ from attnlab.core.mask_layout import layout
 from attnlab.core.masks import Causal, Full, Mask, as_mask
 from attnlab.core.past_sums import at_queries
 from attnlab.core.peaks import LOWEST, Past, exponentials, running, whole
-from attnlab.core.recurrence import FORMS, resets, state_dtype
+from attnlab.core.recurrence import check_implementation, resets, state_dtype
 from attnlab.core.reference import heads_first
 
 
@@ -165,11 +165,8 @@ def _check_pairs(mask: Mask, stateful: bool, options: dict[str, Any]) -> None:
     implementation = options.pop("implementation", "auto")
     taken = ("mask", "query_offset", "key_offset", "chunk_size")
     _refuse({name: x for name, x in options.items() if name not in taken})
-    if implementation not in ("auto", *FORMS):
-        raise ValueError(
-            f'implementation: expected "auto" or one of {", ".join(FORMS)}, got {implementation!r}.'
-        )
-    if implementation in ("chunked", "recurrent") or stateful:
+    check_implementation(implementation)
+    if implementation not in ("auto", "parallel") or stateful:
         raise NotImplementedError(
             f"mask: {type(mask).__name__} picks pairs, which a state cannot; "
             'implementation="parallel" without states takes any mask, and attnlab.attention any at '

@@ -27,6 +27,7 @@ from attnlab.core.recurrence_kernels import BACKENDS, best, kernel_recurrence
 from attnlab.core.reference import heads_first
 
 FORMS = ("parallel", "chunked", "recurrent")
+IMPLEMENTATIONS = (*FORMS, *BACKENDS)
 CHUNK_SIZE = 64
 SHORTEST_CHUNKED = 4  # from how many steps on "auto" takes chunks
 
@@ -78,11 +79,7 @@ def linear_recurrence(
             f"key: length {key.shape[-3]} differs from that of query, {query.shape[-3]}; "
             "a recurrence reads and writes at every step."
         )
-    known = (*FORMS, *BACKENDS)
-    if implementation not in ("auto", *known):
-        raise ValueError(
-            f'implementation: expected "auto" or one of {", ".join(known)}, got {implementation!r}.'
-        )
+    check_implementation(implementation)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}.")
     dtype = state_dtype(query.dtype)
@@ -97,6 +94,14 @@ def linear_recurrence(
     out, state = _run(steps, state, implementation, chunk_size, _narrow(steps, given))
     out = _ungrouped(out).astype(query.dtype)
     return (out, state) if return_state else out
+
+
+def check_implementation(name: Any) -> None:
+    """Raise ValueError unless this names an implementation of the recurrence, or "auto"."""
+    if name not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f'implementation: expected "auto" or one of {", ".join(IMPLEMENTATIONS)}, got {name!r}.'
+        )
 
 
 def resets(segment_ids: Int[Array, "*B T"]) -> Bool[Array, "*B T"]:
