@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 import attnlab
-from attnlab.bench.harness import MismatchError, Result, Row, compare, finish, time_in_turn
+from attnlab.bench.harness import (
+    MismatchError,
+    Result,
+    Row,
+    Timing,
+    check_same,
+    compare,
+    finish,
+    time_in_turn,
+)
+from attnlab.bench.linear_peers import PEER, as_jax, missing_peer, peer
 from attnlab.bench.memory import GROWTH, growth
 from attnlab.core.kernels import BACKENDS, missing
 from attnlab.core.masks import Causal
@@ -23,8 +33,11 @@ WIDTH, HEADS = 64, 2
 FLAT = 1.3  # time per token, longest against FROM
 FROM, CROSSOVER = 2048, 4096
 STEADY = 1.25  # a decoding step, longest context against shortest
-TOLERANCE = 1e-4  # of the largest entry, float32
+TOLERANCE, PEER_TOLERANCE = 1e-4, 1e-2  # of the largest entry, float32; the peer's is TF32
 RULES = ("decay", "gated delta")
+LIGHTNING = "lightning"  # a constant decay per head; timed where a kernel runs
+LIGHTNING_AT, LIGHTNING_GAIN = 16384, 2.0  # the paper's claim, against a softmax flash kernel
+PEER_SHARE = 0.9  # of flash-linear-attention's speed, at least
 PASSES = ("forward", "with gradients")
 SOFTMAX, CHUNKED, RECURRENT = "softmax blockwise", "chunked", "recurrent"
 
@@ -37,6 +50,8 @@ def inputs(length: int, rule: str, seed: int = 0) -> dict[str, Array]:
     key = key / jnp.linalg.norm(key, axis=-1, keepdims=True)
     given = {"query": query, "key": key, "value": value}
     given["log_decay"] = -jax.nn.softplus(jax.random.normal(keys[3], shape[:-1]) - 2.0)
+    if rule == LIGHTNING:
+        given["log_decay"] = -(2.0 ** -jnp.arange(1.0, HEADS + 1))
     if rule == "gated delta":
         rate = jax.nn.sigmoid(jax.random.normal(keys[4], (*shape[:-1], 1)))
         given["value"], given["erase"] = rate * value, rate * key
@@ -70,9 +85,14 @@ def passes(run: Callable, name: str) -> Callable:
     return jax.grad(lambda given: jnp.sum(jnp.sin(run(given))))
 
 
+def kernels() -> list[str]:
+    """The fused kernels that run here."""
+    return [name for name in ("triton", "tpu") if not missing(name)]
+
+
 def forms() -> list[str]:
     """The implementations that run here."""
-    return [CHUNKED, RECURRENT, *(name for name in ("triton", "tpu") if not missing(name))]
+    return [CHUNKED, RECURRENT, *kernels()]
 
 
 def measure(rule: str, kind: str, length: int, seconds: float) -> Row:
@@ -87,6 +107,10 @@ def measure(rule: str, kind: str, length: int, seconds: float) -> Row:
     same = {name: ready[name] for name in forms()}
     try:
         compare(same, tolerance=TOLERANCE, seconds=0.0, rounds=(1, 1))
+        if not missing_peer():
+            ready[PEER] = peer(rule, kind, given)
+            if kind == "forward":
+                check_same({PEER: as_jax(ready[PEER]())}, ready[CHUNKED](), PEER_TOLERANCE)
     except MismatchError as mismatch:
         cells[f"{CHUNKED} ms"] = f"not timed: {mismatch}"
         return Row(cells, target="same output", passed=False)
@@ -97,7 +121,23 @@ def measure(rule: str, kind: str, length: int, seconds: float) -> Row:
     cells["softmax ÷ chunked"] = str(timing.ratio(SOFTMAX, CHUNKED))
     detail = {"length": length, "seconds": timing.seconds}
     detail["medians"] = {name: timing.median(name) for name in ready}
-    return Row(cells, detail=detail)
+    asked, met = _asked(rule, kind, length, timing)
+    return Row(cells, asked, met, detail)
+
+
+def _asked(rule: str, kind: str, length: int, timing: Timing) -> tuple[str, bool | None]:
+    """What is asked of a fused kernel, and whether it is met; nothing where none runs."""
+    wanted: list[tuple[str, bool]] = []
+    for name in kernels():
+        if PEER in timing.seconds:
+            speed = timing.ratio(PEER, name).median
+            wanted.append((f"{name} ≥ {PEER_SHARE} × {PEER}", speed >= PEER_SHARE))
+        if rule == LIGHTNING and kind == "forward" and length == LIGHTNING_AT:
+            gain = timing.ratio(SOFTMAX, name).median
+            wanted.append((f"{name} ≥ {LIGHTNING_GAIN:g} × softmax", gain >= LIGHTNING_GAIN))
+    if not wanted:
+        return "", None
+    return ", ".join(words for words, _ in wanted), all(met for _, met in wanted)
 
 
 def verdicts(rows: list[Row], rule: str, kind: str) -> list[Row]:
@@ -172,14 +212,16 @@ def run(save: Any = None, quick: bool = False) -> Result:
     """Table of times by rule, pass and length; verdicts on growth, crossover, memory, decoding."""
     lengths = QUICK if quick else LENGTHS
     rows: list[Row] = []
-    for rule in RULES:
+    for rule in (*RULES, LIGHTNING) if kernels() else RULES:
         for kind in PASSES:
             measured = [measure(rule, kind, n, 0.5 if quick else 6.0) for n in lengths]
             rows += [*measured, *verdicts(measured, rule, kind)]
             rows.append(memory(rule, kind, lengths if quick else (2048, 8192, 32768)))
     rows.append(decoding(QUICK if quick else (1024, 8192, 65536)))
     title = f"Linear attention, one sequence, {HEADS} heads of width {WIDTH}, float32"
-    return finish(Result("linear", title, tuple(rows), NOTES), save)
+    absent = missing_peer()
+    notes = (*NOTES, *([f"flash-linear-attention: not timed, {absent}."] if absent else ()))
+    return finish(Result("linear", title, tuple(rows), notes), save)
 
 
 NOTES = (
