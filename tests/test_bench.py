@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from attnlab.bench import BENCHMARKS, memory, subjects, train, window
+from attnlab.bench import BENCHMARKS, linear, memory, recall, subjects, train, window
 from attnlab.bench import time as bench_time
 from attnlab.bench.__main__ import main
 from attnlab.bench.harness import (
@@ -278,6 +278,9 @@ def small(monkeypatch):
     monkeypatch.setattr(window, "QUICK", 512)
     monkeypatch.setattr(memory, "QUICK", (256, 1024))
     monkeypatch.setattr(memory, "tpu_device", no_tpu)
+    monkeypatch.setattr(linear, "QUICK", (64, 128))
+    monkeypatch.setattr(recall, "QUICK", 3)
+    monkeypatch.setattr(recall, "mechanisms", lambda: ["retnet", "deltanet"])
 
 
 def no_tpu():

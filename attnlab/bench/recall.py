@@ -7,6 +7,7 @@ and values, is the ceiling; all have the same short convolution before them, the
 and as many steps, which suits some better than others: a low figure may be slow learning.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ HEADS = (16, 4, 1)  # states of 256, 1,024 and 4,096 numbers a layer
 CEILING = "rope"
 TRAIN = TrainConfig(steps=1500, batch_size=32, context=LENGTH, learning_rate=4e-3, warmup=100)
 SEEDS = (0,)
+QUICK = 150  # steps
 ROWS = 512  # unseen, for the score
 
 
@@ -66,7 +68,8 @@ def train(mechanism: str, num_heads: int, seed: int, steps: int) -> float:
     def loss(model: CausalLM, batch: Any, dropout_key: Any) -> Any:
         return TASK.loss(model(batch.tokens), batch)
 
-    config = TrainConfig(**{**vars(TRAIN), "steps": steps, "seed": seed})
+    warmup = min(TRAIN.warmup, steps - 1)
+    config = dataclasses.replace(TRAIN, steps=steps, seed=seed, warmup=warmup)
     fit(made, loss, draw, jnp.zeros(()), config)
     unseen = TASK.rows(jax.random.key(1_000_003 + seed), ROWS, LENGTH)
     graph, params = nnx.split(made)
@@ -91,7 +94,7 @@ def measure(mechanism: str, num_heads: int, seeds: tuple[int, ...], steps: int) 
 
 def run(save: Any = None, quick: bool = False) -> Result:
     """Table of recall by mechanism and size of state, and the ceiling."""
-    heads, seeds, steps = (HEADS[1:2], (0,), 150) if quick else (HEADS, SEEDS, TRAIN.steps)
+    heads, seeds, steps = (HEADS[1:2], (0,), QUICK) if quick else (HEADS, SEEDS, TRAIN.steps)
     one = partial(measure, seeds=seeds, steps=steps)
     rows = [one(CEILING, heads[len(heads) // 2])]
     rows += [one(name, count) for name in mechanisms() for count in heads]
