@@ -81,7 +81,7 @@ $(VENV)-cuda/.stamp: pyproject.toml
 
 cuda: $(VENV)-cuda/.stamp
 	JAX_PLATFORMS=cpu $(VENV)-cuda/bin/python -m pytest -s tests/kernels/test_compiled_gpu.py \
-	  tests/kernels/test_inspect.py $(PYTEST)
+	  tests/kernels/test_inspect.py tests/kernels/test_linear_compiled.py $(PYTEST)
 
 support: $(VENV)/.test-stamp
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/contract $(PYTEST)
