@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from attnlab.core.attention import attention
 from attnlab.core.cache import KVCache, StateCache
+from attnlab.core.linear_attention import linear_state
 from attnlab.core.mask_layout import layout
 from attnlab.core.masks import KeyPadding, Mask, as_mask
 from attnlab.core.short_convolution import ShortConvolution
@@ -57,6 +58,18 @@ class Mechanism(nnx.Module):
     ) -> Any:
         """Attend: "*B T N D".  `options` are those of `attnlab.attention`."""
         return attention(query, key, value, **options)
+
+
+class RecurrentMechanism(Mechanism):
+    """A mechanism whose state is one matrix "H D" for each of its `num_heads` query heads."""
+
+    num_heads: int
+
+    def init_state(
+        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
+    ) -> Float[Array, "*B N H D"]:
+        """Zeros; key heads that queries share are repeated, as each query head has its controls."""
+        return linear_state(batch_shape, self.num_heads, head_width, value_width)
 
 
 class RMSNorm(nnx.Module):

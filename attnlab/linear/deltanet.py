@@ -20,11 +20,10 @@ from attnlab.core.entry import RECURRENCE, Entry, Paper
 from attnlab.core.gates import Projection, control, narrowed, unit, widened
 from attnlab.core.linear_attention import (
     linear_attention,
-    linear_state,
     real_inputs,
     repeat_heads,
 )
-from attnlab.core.modules import Mechanism, RMSNorm
+from attnlab.core.modules import RecurrentMechanism, RMSNorm
 
 
 def delta_rule_attention(
@@ -58,7 +57,7 @@ def delta_rule_attention(
     return narrowed(out, dtype)
 
 
-class DeltaNet(Mechanism):
+class DeltaNet(RecurrentMechanism):
     """The delta rule with `rate.weight` "F N" and a norm per head; convolutions are 4 wide.
 
     `negative_eigenvalues` doubles beta.
@@ -79,11 +78,6 @@ class DeltaNet(Mechanism):
 
     def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
         return self.norm(out)
-
-    def init_state(
-        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
-    ) -> Float[Array, "*B N H D"]:
-        return linear_state(batch_shape, self.num_heads, head_width, value_width)
 
     def __call__(
         self,

@@ -22,11 +22,10 @@ from attnlab.core.entry import RECURRENCE, Entry, Paper
 from attnlab.core.gates import Projection, SoftplusDecay, control, narrowed, unit, widened
 from attnlab.core.linear_attention import (
     linear_attention,
-    linear_state,
     real_inputs,
     repeat_heads,
 )
-from attnlab.core.modules import Mechanism, RMSNorm
+from attnlab.core.modules import RecurrentMechanism, RMSNorm
 
 RATES = (1e-3, 16.0)
 
@@ -69,7 +68,7 @@ def gated_delta_rule_attention(
     return narrowed(out, dtype)
 
 
-class GatedDeltaNet(Mechanism):
+class GatedDeltaNet(RecurrentMechanism):
     """The gated delta rule, its gates "F N", and an output norm and gate; convolutions 4 wide.
 
     `negative_eigenvalues` doubles beta.
@@ -95,11 +94,6 @@ class GatedDeltaNet(Mechanism):
     def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
         (wide,) = widened(out)
         return narrowed(self.norm(wide) * jax.nn.silu(self.gate(x)), out.dtype)
-
-    def init_state(
-        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
-    ) -> Float[Array, "*B N H D"]:
-        return linear_state(batch_shape, self.num_heads, head_width, value_width)
 
     def __call__(
         self,

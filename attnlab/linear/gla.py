@@ -18,11 +18,10 @@ from attnlab.core.entry import RECURRENCE, Entry, Paper
 from attnlab.core.gates import Projection, control, narrowed, widened
 from attnlab.core.linear_attention import (
     linear_attention,
-    linear_state,
     real_inputs,
     repeat_heads,
 )
-from attnlab.core.modules import Mechanism, RMSNorm
+from attnlab.core.modules import RecurrentMechanism, RMSNorm
 
 TEMPERATURE = 16.0
 RANK = 16
@@ -58,7 +57,7 @@ def gated_linear_attention(
     return narrowed(out, dtype)
 
 
-class GLA(Mechanism):
+class GLA(RecurrentMechanism):
     """Gated linear attention: low-rank decays "F 16" and "16 N*H", output gate, norm per head."""
 
     def __init__(
@@ -77,11 +76,6 @@ class GLA(Mechanism):
     def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
         (wide,) = widened(out)
         return narrowed(self.norm(wide) * jax.nn.silu(self.gate(x)), out.dtype)
-
-    def init_state(
-        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
-    ) -> Float[Array, "*B N H D"]:
-        return linear_state(batch_shape, self.num_heads, head_width, value_width)
 
     def __call__(
         self,

@@ -29,11 +29,10 @@ from attnlab.core.gates import (
 )
 from attnlab.core.linear_attention import (
     linear_attention,
-    linear_state,
     real_inputs,
     repeat_heads,
 )
-from attnlab.core.modules import Mechanism
+from attnlab.core.modules import RecurrentMechanism
 from attnlab.core.own_token import own_token
 
 EPSILON = 1e-5
@@ -75,7 +74,7 @@ def state_space_attention(
     return narrowed((out, *state) if state else out, dtype)
 
 
-class Mamba2(Mechanism):
+class Mamba2(RecurrentMechanism):
     """Mamba-2: steps, decays and skips per head, output gate and norm; convolutions 4 wide."""
 
     conv_width = 4
@@ -96,11 +95,6 @@ class Mamba2(Mechanism):
         (wide,) = widened(out)
         wide = rms_unit(wide * jax.nn.silu(self.gate(x)), epsilon=EPSILON, axes=(-2, -1))
         return narrowed(scaled(wide, self.gain[...]), out.dtype)
-
-    def init_state(
-        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
-    ) -> Float[Array, "*B N H D"]:
-        return linear_state(batch_shape, self.num_heads, head_width, value_width)
 
     def __call__(
         self,

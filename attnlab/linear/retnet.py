@@ -22,11 +22,10 @@ from attnlab.core.entry import RECURRENCE, Entry, Paper
 from attnlab.core.gates import Projection, narrowed, rms_unit, widened
 from attnlab.core.linear_attention import (
     linear_attention,
-    linear_state,
     real_inputs,
     repeat_heads,
 )
-from attnlab.core.modules import Mechanism
+from attnlab.core.modules import RecurrentMechanism
 from attnlab.core.rotary import turned
 
 EPSILON = 1e-6
@@ -81,7 +80,7 @@ def _frequency(width: int, theta: float, dtype: Any) -> Float[Array, " P"]:
     return jnp.asarray(theta ** -np.linspace(0.0, 1.0, width // 2), dtype)
 
 
-class RetNet(Mechanism):
+class RetNet(RecurrentMechanism):
     """Retention, its norm per head and its gate; `gate.weight` "F N*D" is drawn small (2^-2.5)."""
 
     def __init__(
@@ -95,11 +94,6 @@ class RetNet(Mechanism):
     def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
         (wide,) = widened(out)
         return narrowed(rms_unit(wide, epsilon=EPSILON) * jax.nn.silu(self.gate(x)), out.dtype)
-
-    def init_state(
-        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
-    ) -> Float[Array, "*B N H D"]:
-        return linear_state(batch_shape, self.num_heads, head_width, value_width)
 
     def __call__(
         self,

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 
 from attnlab.core.entry import RECURRENCE, Entry, Paper
 from attnlab.core.gates import Projection, control, narrowed, scaled, shifted, unit, widened
-from attnlab.core.linear_attention import linear_state, real_inputs, repeat_heads
-from attnlab.core.modules import Mechanism
+from attnlab.core.linear_attention import real_inputs, repeat_heads
+from attnlab.core.modules import RecurrentMechanism
 from attnlab.core.own_token import own_token, sees_any
 from attnlab.core.two_writes import two_writes
 
@@ -94,7 +94,7 @@ def _group_norm(out: Array, norm: tuple[Array, Array], epsilon: float) -> Array:
     return shifted(scaled((out - mean) * jax.lax.rsqrt(spread + epsilon), norm[0]), norm[1])
 
 
-class RWKV7(Mechanism):
+class RWKV7(RecurrentMechanism):
     """RWKV-7 as layer `layer` of `num_layers`; three low-rank networks for decay, rate and gate.
 
     Everything starts where the authors' code puts it, which depends on layer and channel.
@@ -131,11 +131,6 @@ class RWKV7(Mechanism):
         (wide,) = widened(out)
         down, up = self.gate
         return narrowed(wide * up(jax.nn.sigmoid(down(x))), out.dtype)
-
-    def init_state(
-        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
-    ) -> Float[Array, "*B N H D"]:
-        return linear_state(batch_shape, self.num_heads, head_width, value_width)
 
     def __call__(
         self,
