@@ -358,7 +358,7 @@ def doctor() -> None:
 @command("bench")
 def bench(
     name: Annotated[
-        str, typer.Argument(help="memory, time, window, train, flash, or all.")
+        str, typer.Argument(help="memory, time, window, train, flash, linear, recall, or all.")
     ] = "all",
     save: Annotated[Path | None, typer.Option(help="Folder for the tables, as JSON.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds.")] = False,
@@ -369,7 +369,7 @@ def bench(
         str | None, typer.Option(help="flash: a TPU to compile for, such as v5e; nothing runs.")
     ] = None,
 ) -> None:
-    """Measure memory, time, windows, training and fused attention against peers, in the same run.
+    """Measure memory, time, windows, training, fused and linear attention, beside peers.
 
     Exit code 1 where a target was missed.
     """

@@ -187,7 +187,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(trained,
         ("sample --checkpoint {run} --prompt é", "'é' at position 0"),
         ("sample --checkpoint {run} --length 0", "length: expected at least 1"),
         ("sample --checkpoint {run} --step 5", "no checkpoint of step 5; it has 3, 6"),
-        ("bench speed", "'speed' is none of memory, time, window, train, flash, all"),
+        (
+            "bench speed",
+            "'speed' is none of memory, time, window, train, flash, linear, recall, all",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(trained, line, words):
