@@ -55,17 +55,20 @@ def tables(record: dict) -> list[str]:
     found = dict.fromkeys(name for row in rows for name in row)
     last = [name for name in ("note", "target") if name in found]
     columns = [name for name in found if name not in last] + last
-    values = {name: {row.get(name, "") for row in rows} for name in columns}
-    same = {name for name in columns if len(values[name]) == 1 and len(rows) > LONG}
-    kept = [name for name in columns if name not in same]
-    said = [f"{name} {number(*values[name])}" for name in columns if name in same]
-    said = [words for words in said if not words.endswith(" ")]  # of nothing, nothing is said
-    out = ["", bars(kept), bars(["--:"] * len(kept))]
-    out += [bars([row.get(name, "") for name in kept]) for row in rows]
     if len(rows) <= LONG:
-        return out
+        return ["", *grid(columns, rows)]
+    values = {name: {row.get(name, "") for row in rows} for name in columns}
+    same = {name: found.pop() for name, found in values.items() if len(found) == 1}
+    said = [f"{name} {number(value)}" for name, value in same.items() if value != ""]
     above = [f"All rows: {', '.join(said)}.", ""] if said else []
-    return [*above, f":::{{dropdown}} The table, {len(rows)} rows", *out, ":::"]
+    table = grid([name for name in columns if name not in same], rows)
+    return [*above, f":::{{dropdown}} The table, {len(rows)} rows", "", *table, ":::"]
+
+
+def grid(columns: list[str], rows: list[dict]) -> list[str]:
+    """These columns of the rows as lines of Markdown."""
+    body = [bars([row.get(name, "") for name in columns]) for row in rows]
+    return [bars(columns), bars(["--:"] * len(columns)), *body]
 
 
 def bars(cells: list) -> str:
