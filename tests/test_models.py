@@ -85,7 +85,20 @@ def test_logits_are_the_formula(tokens, gated, tied):
     np.testing.assert_allclose(model(tokens), oracle(model, tokens), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("mechanism", causal_ids())
+WHOLE_ONLY = {"nats-linear"}  # a router reads blocks of tokens
+
+
+@pytest.mark.parametrize("mechanism", sorted(WHOLE_ONLY))
+def test_what_reads_whole_sequences_refuses_a_cache_and_keeps_causality(mechanism, tokens):
+    model = trained_like(small(mechanism))
+    with pytest.raises(NotImplementedError, match="whole sequences"):
+        model.init_cache((2,), TOKENS)
+    whole, other = model(tokens), model(tokens.at[:, 4:].add(1) % VOCABULARY)
+    np.testing.assert_array_equal(whole[:, :4], other[:, :4])
+    assert not np.allclose(whole[:, 4:], other[:, 4:])
+
+
+@pytest.mark.parametrize("mechanism", sorted({*causal_ids()} - WHOLE_ONLY))
 def test_cached_decoding_equals_the_whole_forward_and_no_token_sees_the_future(mechanism, tokens):
     graph, state = nnx.split(trained_like(small(mechanism)))
 

@@ -45,7 +45,8 @@ class Mechanism(nnx.Module):
     ) -> Any:
         """The state before the first token, a pytree; None if decoding needs all keys and values.
 
-        A mechanism with a state takes `initial_state` and `return_state`.
+        A mechanism with a state takes `initial_state` and `return_state`.  One that cannot decode
+        token by token raises NotImplementedError.
         """
         return None
 
@@ -189,6 +190,9 @@ class MultiHeadAttention(nnx.Module):
 
         Where the mechanism has a state the cache holds that instead of keys and values, and its
         size does not depend on `capacity`.
+
+        Raises:
+          NotImplementedError: the mechanism reads whole sequences only.
         """
         memory = self.mechanism.init_state(
             batch_shape, self.num_kv_heads, self.head_width, self.value_width
@@ -226,6 +230,7 @@ class MultiHeadAttention(nnx.Module):
 
         Raises:
           ValueError: `x` or `context` is not `features` wide, or both context and cache are given.
+          TypeError: the cache is not of the kind that `create_cache` makes.
         """
         for name, array in (("x", x), ("context", context)):
             if array is not None and array.shape[-1] != self.features:
@@ -234,6 +239,8 @@ class MultiHeadAttention(nnx.Module):
                 )
         if cache is not None and context is not None:
             raise ValueError("cache: serves self-attention; give either a context or a cache.")
+        if cache is not None:
+            self._check_cache(cache)
 
         controls = self.mechanism.controls(x)
         if controls and context is not None:
@@ -259,6 +266,15 @@ class MultiHeadAttention(nnx.Module):
         if self.gain is not None:
             out = out * jax.lax.expand_dims(self.gain[...].astype(out.dtype), range(out.ndim - 1))
         return out if cache is None else (out, cache)
+
+    def _check_cache(self, cache: Any) -> None:
+        expected = self.create_cache((), 1)
+        if jax.tree.structure(cache) != jax.tree.structure(expected):
+            raise TypeError(
+                f"cache: expected what create_cache makes, a {type(expected).__name__} of "
+                f"{len(jax.tree.leaves(expected))} arrays; got {type(cache).__name__} of "
+                f"{len(jax.tree.leaves(cache))}."
+            )
 
     def _convolved(
         self, projected: tuple[Array, ...], mask: Any, cache: Any

@@ -198,6 +198,15 @@ class NATSLinear(Mechanism):
         (wide,) = widened(out)
         return narrowed(wide * jax.nn.silu(self.gate(x)), out.dtype)
 
+    def init_state(
+        self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
+    ) -> Any:
+        """Refused: a block's type is the router's, once it has read the block."""
+        raise NotImplementedError(
+            "NATSLinear reads whole sequences: it types a block by the average of its tokens; "
+            "decode with attnlab.linear.gated_deltanet, its linear half."
+        )
+
     def __call__(
         self,
         query: Float[Array, "*B T N H"],

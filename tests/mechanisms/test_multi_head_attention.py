@@ -62,6 +62,16 @@ def test_a_cache_decodes_what_the_whole_sequence_gives(id, rng):
             layer(jnp.zeros((2, 5, 16)), cache=cache)
 
 
+def test_a_cache_of_another_kind_is_refused():
+    plain = MultiHeadAttention(16, 4, rngs=nnx.Rngs(0))
+    mechanism = atlas.get("gated-deltanet").build(4, 4, rngs=nnx.Rngs(0))
+    recurrent = MultiHeadAttention(16, 4, mechanism=mechanism, rngs=nnx.Rngs(0))
+    x = jnp.zeros((2, 1, 16))
+    for layer, other in ((plain, recurrent), (recurrent, plain)):
+        with pytest.raises(TypeError, match="cache: expected what create_cache makes"):
+            layer(x, cache=other.create_cache((2,), 4))
+
+
 def test_module_works_under_split_merge_jit_and_grad(rng):
     layer = MultiHeadAttention(8, 2, qk_norm=True, layer_scale=0.1, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
