@@ -24,8 +24,8 @@ from attnlab.training import TrainConfig
 from attnlab.training.loop import fit
 
 TASK, LENGTH = AssociativeRecall(vocab_size=64, num_kv_pairs=8), 40
-FEATURES, LAYERS, CONV = 64, 2, 4
-HEADS = (16, 4, 1)  # states of 256, 1,024 and 4,096 numbers a layer
+FEATURES, LAYERS, CONV = 32, 2, 4
+HEADS = (8, 2, 1)  # states of 128, 512 and 1,024 numbers a layer
 CEILING = "rope"
 TRAIN = TrainConfig(steps=1500, batch_size=32, context=LENGTH, learning_rate=4e-3, warmup=100)
 SEEDS = (0,)

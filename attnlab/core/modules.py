@@ -269,7 +269,8 @@ class MultiHeadAttention(nnx.Module):
 
     def _check_cache(self, cache: Any) -> None:
         expected = self.create_cache((), 1)
-        if jax.tree.structure(cache) != jax.tree.structure(expected):
+        given: Any = jax.tree.structure(cache)
+        if given != jax.tree.structure(expected):
             raise TypeError(
                 f"cache: expected what create_cache makes, a {type(expected).__name__} of "
                 f"{len(jax.tree.leaves(expected))} arrays; got {type(cache).__name__} of "
