@@ -15,6 +15,7 @@ attnlab's own attention and recurrence, and by how much the rest misses, is meas
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from attnlab.core.entry import Paper
 from attnlab.core.recurrence import linear_recurrence
 from theory import dsf_forms as forms
 from theory.conditioning import generator
-from theory.theorem import Cell, Evidence, Key, Theorem, worst
+from theory.theorem import Cell, Evidence, Key, Theorem
 
 STEPS, CHANNELS, FEATURES = 48, 5, 4
 ROUNDING = 128 * float(np.finfo(np.float32).eps)  # of the largest output
@@ -182,15 +183,9 @@ def _compare(
     return (name, against, system.transition.shape[1], error, error / ROUNDING)
 
 
-def _evidence(rows: list[tuple[Cell, ...]], note: str) -> Evidence:
-    return Evidence(
-        quantity="largest difference of two forms, as a share of rounding",
-        measured=worst(rows),
-        bound=1.0,
-        columns=COLUMNS,
-        rows=tuple(rows),
-        note=note,
-    )
+_evidence = partial(
+    Evidence.of_ratios, "largest difference of two forms, as a share of rounding", COLUMNS
+)
 
 
 THEOREM = Theorem(

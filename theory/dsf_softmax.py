@@ -17,6 +17,7 @@ grows; the constants here are ours.
 """
 
 import math
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ from attnlab.core.entry import Paper
 from theory.conditioning import generator
 from theory.dsf import recurrence
 from theory.dsf_forms import linear_attention, scan, taylor_features
-from theory.theorem import Cell, Evidence, Key, Theorem, worst
+from theory.theorem import Cell, Evidence, Key, Theorem
 
 STEPS, WIDTH, VALUES = 48, 4, 3
 ORDERS = tuple(range(9))
@@ -128,15 +129,9 @@ def _distance(out: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(out - exact, axis=1).max())
 
 
-def _evidence(rows: list[tuple[Cell, ...]], note: str) -> Evidence:
-    return Evidence(
-        quantity="largest error of an output as a share of its bound",
-        measured=worst(rows),
-        bound=1.0,
-        columns=COLUMNS,
-        rows=tuple(rows),
-        note=note,
-    )
+_evidence = partial(
+    Evidence.of_ratios, "largest error of an output as a share of its bound", COLUMNS
+)
 
 
 THEOREM = Theorem(

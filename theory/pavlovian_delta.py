@@ -14,11 +14,13 @@ and the best memory misses on average a share 1 - d/m of random outcomes. One ro
 unless the keys are orthonormal, when Hebb's rule is as good.
 """
 
+from functools import partial
+
 import numpy as np
 
 from attnlab.core.entry import Paper
 from theory.conditioning import generator, orthonormal_keys, recall, respond, unit_keys
-from theory.theorem import Cell, Evidence, Key, Theorem, worst
+from theory.theorem import Cell, Evidence, Key, Theorem
 
 RATE = 0.25
 TRIALS = 48  # of every conditioning experiment, the first of them empty if it needs fewer
@@ -139,15 +141,11 @@ def _signs(rng: np.random.Generator, pairs: int) -> np.ndarray:
     return rng.choice([-1.0, 1.0], size=(pairs, 4))
 
 
-def _evidence(rows: list[tuple[Cell, ...]], note: str) -> Evidence:
-    return Evidence(
-        quantity="distance from the prediction, as a share of rounding; floor to error beyond d",
-        measured=worst(rows),
-        bound=1.0,
-        columns=COLUMNS,
-        rows=tuple(rows),
-        note=note,
-    )
+_evidence = partial(
+    Evidence.of_ratios,
+    "distance from the prediction, as a share of rounding; floor to error beyond d",
+    COLUMNS,
+)
 
 
 THEOREM = Theorem(

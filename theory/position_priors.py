@@ -12,6 +12,8 @@ The released BAM code adds 1e-5 to the distance; at shape 1 that is a constant, 
 well.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ from attnlab.core.masks import Causal
 from attnlab.positional.alibi import alibi_attention, alibi_slopes
 from attnlab.positional.bam import bam_attention
 from attnlab.positional.nope import nope_attention
-from theory.theorem import Evidence, Key, Theorem, worst
+from theory.theorem import Evidence, Key, Theorem
 
 LENGTH, HEADS, WIDTH = 96, 4, 8
 COLUMNS = ("mechanism", "prior", "error", "bound", "share")
@@ -101,15 +103,9 @@ def _arrays(key: Key | None) -> tuple[jax.Array, ...]:
     return tuple(jax.random.normal(one, (LENGTH, HEADS, WIDTH)) for one in keys)
 
 
-def _evidence(rows: list[tuple[str, str, float, float, float]], note: str) -> Evidence:
-    return Evidence(
-        quantity="worst difference of an output, as a share of float32 rounding",
-        measured=worst(rows),
-        bound=1.0,
-        columns=COLUMNS,
-        rows=tuple(rows),
-        note=note,
-    )
+_evidence = partial(
+    Evidence.of_ratios, "worst difference of an output, as a share of float32 rounding", COLUMNS
+)
 
 
 THEOREM = Theorem(

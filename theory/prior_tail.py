@@ -11,6 +11,8 @@ T(R) ≤ e^(-α (R+1)) however long the text, while a prior of shape below one k
 far past, and shape 0 (NoPE) keeps all of it.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from jaxtyping import Array, Float
 from attnlab.core.entry import Paper
 from attnlab.positional.bam import bam_attention
 from theory.generalized_gaussian import log_prior, mass_brackets
-from theory.theorem import Cell, Evidence, Key, Theorem, worst
+from theory.theorem import Cell, Evidence, Key, Theorem
 
 CONTEXT = 8192
 SHAPES = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -93,15 +95,9 @@ def _row(shape: float, distance: int, scale: float, mode: int = 0) -> tuple[Cell
     return (shape, distance, measured, low, high, step, share)
 
 
-def _evidence(rows: list[tuple[Cell, ...]], note: str) -> Evidence:
-    return Evidence(
-        quantity="worst ratio to the bracket (measured/upper, lower/measured)",
-        measured=worst(rows),
-        bound=1.0,
-        columns=COLUMNS,
-        rows=tuple(rows),
-        note=note,
-    )
+_evidence = partial(
+    Evidence.of_ratios, "worst ratio to the bracket (measured/upper, lower/measured)", COLUMNS
+)
 
 
 THEOREM = Theorem(

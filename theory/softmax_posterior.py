@@ -12,6 +12,7 @@ softmax silently prefers long keys, as if the prior carried a factor e^(|k_j|² 
 """
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 import attnlab
 from attnlab.core.entry import Paper
 from attnlab.core.scores import Bias
-from theory.theorem import Evidence, Key, Theorem, worst
+from theory.theorem import Evidence, Key, Theorem
 
 KEYS, WIDTH = 10, 6
 COLUMNS = ("world", "queries", "error", "bound", "share")
@@ -101,15 +102,9 @@ def _against(
     return (name, len(queries), error, ROUNDING, error / ROUNDING)
 
 
-def _evidence(rows: list[tuple], note: str) -> Evidence:
-    return Evidence(
-        quantity="worst difference of a weight, as a share of float32 rounding",
-        measured=worst(rows),
-        bound=1.0,
-        columns=COLUMNS,
-        rows=tuple(rows),
-        note=note,
-    )
+_evidence = partial(
+    Evidence.of_ratios, "worst difference of a weight, as a share of float32 rounding", COLUMNS
+)
 
 
 def _generator(key: Key | None) -> np.random.Generator:

@@ -43,6 +43,13 @@ class Evidence:
                 f"rows: every row needs {len(self.columns)} cells {self.columns}, got {ragged[0]}."
             )
 
+    @classmethod
+    def of_ratios(
+        cls, quantity: str, columns: tuple[str, ...], rows: Sequence[tuple[Cell, ...]], note: str
+    ) -> "Evidence":
+        """Where the last column is a ratio of what is measured to what the theorem allows."""
+        return cls(quantity, worst(rows), 1.0, columns, tuple(rows), note)
+
     @property
     def holds(self) -> bool:
         """Whether what was measured is a finite number within the bound."""

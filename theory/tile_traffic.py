@@ -18,6 +18,7 @@ running, with the formula.
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from attnlab.core import masks
 from attnlab.core.entry import Paper
 from attnlab.core.terms import Tile
-from theory.theorem import Cell, Evidence, Key, Theorem, worst
+from theory.theorem import Cell, Evidence, Key, Theorem
 
 QUERIES, KEYS, KEY_WIDTH, VALUE_WIDTH = 128, 256, 16, 8
 COLUMNS = ("algorithm", "mask", "tile", "live tiles", "moved", "count", "bound", "share")
@@ -294,15 +295,11 @@ def _row(
     return (title, name, size, live, entries, counted, most, max(shares))
 
 
-def _evidence(rows: list[tuple[Cell, ...]], note: str) -> Evidence:
-    return Evidence(
-        quantity="worst ratio of what moved to the count (either way up), or to the bound",
-        measured=worst(rows),
-        bound=1.0,
-        columns=COLUMNS,
-        rows=tuple(rows),
-        note=note,
-    )
+_evidence = partial(
+    Evidence.of_ratios,
+    "worst ratio of what moved to the count (either way up), or to the bound",
+    COLUMNS,
+)
 
 
 THEOREM = Theorem(

@@ -1,7 +1,8 @@
 """The modules every mechanism plugs into: a mechanism, and the projections around it."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ class Mechanism(nnx.Module):
     A mechanism holds the parameters its paper adds, and nothing else; projections belong to
     `MultiHeadAttention`.  The base class is plain softmax attention without positions.
 
-    `conv_width` is the width of the short convolution that the paper's layer has after its
-    projections; None for none.
+    `function` is what a call runs.  `conv_width` is the width of the short convolution that the
+    paper's layer has after its projections; None for none.
     """
 
+    function: ClassVar[Callable[..., Any]] = staticmethod(attention)
     conv_width: int | None = None
 
     def embed(self, x: Float[Array, "*B T F"], *, offset: Any = 0) -> Float[Array, "*B T F"]:
@@ -57,8 +59,8 @@ class Mechanism(nnx.Module):
         value: Float[Array, "*B S K D"],
         **options: Any,
     ) -> Any:
-        """Attend: "*B T N D".  `options` are those of `attnlab.attention`."""
-        return attention(query, key, value, **options)
+        """Attend: "*B T N D".  `options` are those of `function`."""
+        return self.function(query, key, value, **options)
 
 
 class RecurrentMechanism(Mechanism):

@@ -63,6 +63,7 @@ class DeltaNet(RecurrentMechanism):
     `negative_eigenvalues` doubles beta.
     """
 
+    function = staticmethod(delta_rule_attention)
     conv_width = 4
 
     def __init__(
@@ -78,15 +79,6 @@ class DeltaNet(RecurrentMechanism):
 
     def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
         return self.norm(out)
-
-    def __call__(
-        self,
-        query: Float[Array, "*B T N H"],
-        key: Float[Array, "*B S K H"],
-        value: Float[Array, "*B S K D"],
-        **options: Any,
-    ) -> Any:
-        return delta_rule_attention(query, key, value, **options)
 
 
 def _build(num_heads: int, head_width: int, *, rngs: nnx.Rngs) -> DeltaNet:

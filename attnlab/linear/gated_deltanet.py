@@ -74,6 +74,7 @@ class GatedDeltaNet(RecurrentMechanism):
     `negative_eigenvalues` doubles beta.
     """
 
+    function = staticmethod(gated_delta_rule_attention)
     conv_width = 4
 
     def __init__(
@@ -94,15 +95,6 @@ class GatedDeltaNet(RecurrentMechanism):
     def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
         (wide,) = widened(out)
         return narrowed(self.norm(wide) * jax.nn.silu(self.gate(x)), out.dtype)
-
-    def __call__(
-        self,
-        query: Float[Array, "*B T N H"],
-        key: Float[Array, "*B S K H"],
-        value: Float[Array, "*B S K D"],
-        **options: Any,
-    ) -> Any:
-        return gated_delta_rule_attention(query, key, value, **options)
 
 
 def _build(num_heads: int, head_width: int, *, rngs: nnx.Rngs) -> GatedDeltaNet:

@@ -60,6 +60,8 @@ def gated_linear_attention(
 class GLA(RecurrentMechanism):
     """Gated linear attention: low-rank decays "F 16" and "16 N*H", output gate, norm per head."""
 
+    function = staticmethod(gated_linear_attention)
+
     def __init__(
         self, features: int, num_heads: int, head_width: int, value_width: int, *,
         rngs: nnx.Rngs,
@@ -76,15 +78,6 @@ class GLA(RecurrentMechanism):
     def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
         (wide,) = widened(out)
         return narrowed(self.norm(wide) * jax.nn.silu(self.gate(x)), out.dtype)
-
-    def __call__(
-        self,
-        query: Float[Array, "*B T N H"],
-        key: Float[Array, "*B S K H"],
-        value: Float[Array, "*B S K D"],
-        **options: Any,
-    ) -> Any:
-        return gated_linear_attention(query, key, value, **options)
 
 
 def _build(num_heads: int, head_width: int, *, rngs: nnx.Rngs) -> GLA:

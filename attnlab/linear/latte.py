@@ -40,19 +40,12 @@ def latte_attention(
 class Latte(Mechanism):
     """Latte; no parameters.  The number of latents is `MultiHeadAttention(head_width=...)`."""
 
+    function = staticmethod(latte_attention)
+
     def init_state(
         self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
     ) -> PeakState:
         return peak_state(batch_shape, num_kv_heads, head_width, value_width)
-
-    def __call__(
-        self,
-        query: Float[Array, "*B T N H"],
-        key: Float[Array, "*B S K H"],
-        value: Float[Array, "*B S K D"],
-        **options: Any,
-    ) -> Any:
-        return latte_attention(query, key, value, **options)
 
 
 def _build(num_heads: int, head_width: int, *, rngs: nnx.Rngs) -> Latte:

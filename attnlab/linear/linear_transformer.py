@@ -58,19 +58,12 @@ def linear_transformer_attention(
 class LinearTransformer(Mechanism):
     """Linear attention with elu + 1; no parameters."""
 
+    function = staticmethod(linear_transformer_attention)
+
     def init_state(
         self, batch_shape: tuple[int, ...], num_kv_heads: int, head_width: int, value_width: int
     ) -> Float[Array, "*B K H E"]:
         return linear_state(batch_shape, num_kv_heads, head_width, value_width + 1)
-
-    def __call__(
-        self,
-        query: Float[Array, "*B T N H"],
-        key: Float[Array, "*B S K H"],
-        value: Float[Array, "*B S K D"],
-        **options: Any,
-    ) -> Any:
-        return linear_transformer_attention(query, key, value, **options)
 
 
 def _build(num_heads: int, head_width: int, *, rngs: nnx.Rngs) -> LinearTransformer:
