@@ -4,6 +4,7 @@ Promotion between dtypes is an error, promotion between ranks is an error, warni
 (pyproject.toml), and hypothesis draws the same examples on every machine.
 """
 
+import itertools
 import os
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from tests.contract import support
 
 BUILD = Path(__file__).parent.parent / "build"
+MOST_MAPS = 30_000
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -75,6 +77,21 @@ def as_users_run_it():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+_tests_done = itertools.count(1)
+
+
+def pytest_runtest_teardown(item):
+    """Forget compiled programs before Linux runs out of maps: each takes some, of 65,530 in all."""
+    if next(_tests_done) % 50 == 0 and _maps() > MOST_MAPS:
+        jax.clear_caches()
+
+
+def _maps() -> int:
+    """Regions of memory that this process has mapped; 0 where the system does not say."""
+    listed = Path("/proc/self/maps")
+    return listed.read_bytes().count(b"\n") if listed.exists() else 0
 
 
 def pytest_runtest_logreport(report):
