@@ -120,6 +120,7 @@ def test_heads_set_the_size_of_the_state():
 def test_recall_is_learned_better_than_guessed(monkeypatch):
     monkeypatch.setattr(recall, "TASK", recall.AssociativeRecall(16, 2))
     monkeypatch.setattr(recall, "LENGTH", 12)
+    monkeypatch.setattr(recall, "FEATURES", 64)
     row = recall.measure("deltanet", 4, seeds=(0,), steps=150)
     assert row.detail["recall"][0] > 0.7
     assert jnp.ndim(row.detail["state"]) == 0
