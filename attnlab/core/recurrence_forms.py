@@ -5,6 +5,7 @@ log_decay "*B K T X" (X = H, or 1 where all channels decay alike) or None, erase
 state "*B K H D"; all of one floating-point dtype.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ def cleared(steps: Steps, reset: Bool[Array, "*B T"]) -> Steps:
     return steps._replace(log_decay=decay, erase=erase)
 
 
+@jax.jit  # called outside of jit, the loop would otherwise be compiled anew at each call
 def recurrent(steps: Steps, state: Array) -> tuple[Array, Array]:
     """One step after the other: "*B K G T D" and the state."""
 
@@ -59,6 +61,7 @@ def recurrent(steps: Steps, state: Array) -> tuple[Array, Array]:
     return jnp.moveaxis(out, 0, -2), state
 
 
+@partial(jax.jit, static_argnums=2)
 def chunked(steps: Steps, state: Array, chunk_size: int) -> tuple[Array, Array]:
     """Chunk after chunk, each by matrix products; O(T) memory, with gradients as well."""
     length = steps.key.shape[-2]

@@ -3,6 +3,7 @@
 A query sees its own block whatever its kind, up to itself, and of earlier blocks the chosen ones.
 """
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -39,6 +40,7 @@ class Factor(ScoreModifier):
         return score + jnp.where(own, jnp.zeros_like(self.gate), self.gate)
 
 
+@functools.partial(jax.jit, static_argnames="block")
 def through_blocks(
     steps: dict[str, Array], chosen: Float[Array, "*B C N"], block: int
 ) -> Float[Array, "*B T N D"]:

@@ -309,3 +309,13 @@ def test_constant_decays_within_jit_are_checked_as_outside(keys, as_users_run_it
     assert_reordered(run(x), linear_recurrence(x, x, x, log_decay=decay), np.float32)
     with pytest.raises(ValueError, match=r"log_decay.*none above 0.*1\.0"):
         jax.jit(lambda x: linear_recurrence(x, x, x, log_decay=growth))(x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_call_outside_of_jit_compiles_nothing(form, caplog):
+    arrays, options = jax.tree.map(jnp.asarray, Problem(decay="step", erase=True).numbers(0))
+    for _ in range(2):
+        caplog.clear()
+        with jax.log_compiles():
+            jax.block_until_ready(linear_recurrence(*arrays, **options, implementation=form))
+    assert "Compiling" not in caplog.text
