@@ -23,24 +23,35 @@ def rows(times):
     ]
 
 
-def test_growth_and_crossover_are_judged():
-    linear_growth = {1024: (2.0, 1.0), 2048: (4.0, 5.0), 65536: (128.0, 4000.0)}
-    growth, crossover = linear.verdicts(rows(linear_growth), "decay", "forward")
-    assert growth.passed
-    assert crossover.passed
-    assert "2,048" in crossover.cells["softmax ÷ chunked"]
-    quadratic = {1024: (2.0, 1.0), 2048: (8.0, 4.0), 4096: (32.0, 16.0), 65536: (8192.0, 4096.0)}
-    growth, crossover = linear.verdicts(rows(quadratic), "decay", "forward")
-    assert not growth.passed
-    assert not crossover.passed
-    assert "nowhere" in crossover.cells["softmax ÷ chunked"]
+@pytest.mark.parametrize(("seconds", "good"), [((1.0, 40.0), True), ((1.0, 42.0), False)])
+def test_growth_is_judged_by_the_token(seconds, good):
+    taken = Timing({"65536": (seconds[1],) * 3, "2048": (seconds[0],) * 3})
+    row = linear.flatness("decay", "forward", taken)
+    assert row.passed is good
+    assert f"× {seconds[1] / 32:.2f}" in row.cells["chunked µs per token"]
+
+
+def test_growth_is_measured_in_turn():
+    row = linear.growth_of_time("gated delta", "forward", (64, 128), seconds=0.01)
+    assert {n: len(s) for n, s in row.detail["seconds"].items()} == {"64": 5, "128": 5}
+
+
+def test_the_crossover_is_found():
+    overtaken = {1024: (2.0, 1.0), 2048: (4.0, 5.0), 65536: (128.0, 4000.0)}
+    row = linear.crossover(rows(overtaken), "decay", "forward")
+    assert row.passed
+    assert "2,048" in row.cells["softmax ÷ chunked"]
+    never = {1024: (2.0, 1.0), 2048: (8.0, 4.0), 4096: (32.0, 16.0), 65536: (8192.0, 4096.0)}
+    row = linear.crossover(rows(never), "decay", "forward")
+    assert not row.passed
+    assert "nowhere" in row.cells["softmax ÷ chunked"]
 
 
 def test_overtaking_for_good_is_what_counts():
     relapse = {1024: (1.0, 2.0), 2048: (2.0, 3.0), 4096: (9.0, 8.0), 8192: (16.0, 30.0)}
-    *_, crossover = linear.verdicts(rows(relapse), "decay", "forward")
-    assert "8,192" in crossover.cells["softmax ÷ chunked"]
-    assert not crossover.passed
+    row = linear.crossover(rows(relapse), "decay", "forward")
+    assert "8,192" in row.cells["softmax ÷ chunked"]
+    assert not row.passed
 
 
 def test_kernels_are_asked_for_their_targets(monkeypatch):

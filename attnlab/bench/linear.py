@@ -140,22 +140,36 @@ def _asked(rule: str, kind: str, length: int, timing: Timing) -> tuple[str, bool
     return ", ".join(words for words, _ in wanted), all(met for _, met in wanted)
 
 
-def verdicts(rows: list[Row], rule: str, kind: str) -> list[Row]:
-    """Growth of the time per token, and where the chunked form overtakes softmax attention."""
+def growth_of_time(rule: str, kind: str, lengths: tuple[int, int], seconds: float) -> Row:
+    """Time per token of the chunked form, a long sequence in turn with a short one."""
+    runs = {}
+    for length in lengths:
+        given = inputs(length, rule)
+        compiled = jax.jit(passes(recurrence(CHUNKED), kind)).lower(given).compile()
+        runs[str(length)] = lambda run=compiled, given=given: run(given)
+    return flatness(rule, kind, time_in_turn(runs, seconds=seconds, rounds=(5, 15), warmup=2))
+
+
+def flatness(rule: str, kind: str, timing: Timing) -> Row:
+    """The verdict on times by length: whether a token takes as long in a long sequence."""
+    short, long = sorted(timing.seconds, key=int)
+    ratio, fair = timing.ratio(long, short), int(short) / int(long)
+    said = f"× {fair * ratio.median:.2f} ({fair * ratio.low:.2f}–{fair * ratio.high:.2f})"
+    cells = {"rule": rule, "pass": kind, "n": f"{int(long):,} ÷ {int(short):,}"}
+    cells["chunked µs per token"] = said
+    detail = {"seconds": timing.seconds}
+    return Row(cells, f"≤ {FLAT}", fair * ratio.median <= FLAT, detail)
+
+
+def crossover(rows: list[Row], rule: str, kind: str) -> Row:
+    """Where the chunked form overtakes softmax attention for good."""
     times = {row.detail["length"]: row.detail["medians"] for row in rows if "medians" in row.detail}
-    cells = {"rule": rule, "pass": kind}
-    out = []
-    if FROM in times and max(times) > FROM:
-        per_token = {n: times[n][CHUNKED] / n for n in (FROM, max(times))}
-        found = per_token[max(times)] / per_token[FROM]
-        said = {"n": f"{max(times):,} ÷ {FROM:,}", "chunked µs per token": f"× {found:.2f}"}
-        out.append(Row(cells | said, f"≤ {FLAT}", found <= FLAT))
     slower = [n for n, t in times.items() if t[CHUNKED] >= t[SOFTMAX]]
     ahead = min((n for n in times if n > max(slower, default=0)), default=None)
     where = "nowhere" if ahead is None else f"{ahead:,}"
-    said = {"n": "faster than softmax from", "softmax ÷ chunked": where}
-    out.append(Row(cells | said, f"< {CROSSOVER:,}", ahead is not None and ahead < CROSSOVER))
-    return out
+    cells = {"rule": rule, "pass": kind, "n": "faster than softmax from"}
+    cells["softmax ÷ chunked"] = where
+    return Row(cells, f"< {CROSSOVER:,}", ahead is not None and ahead < CROSSOVER)
 
 
 def memory(rule: str, kind: str, lengths: tuple[int, ...]) -> Row:
@@ -211,12 +225,15 @@ def decoding(contexts: tuple[int, ...], steps: int = 64) -> Row:
 
 def run(save: Any = None, quick: bool = False) -> Result:
     """Table of times by rule, pass and length; verdicts on growth, crossover, memory, decoding."""
-    lengths = QUICK if quick else LENGTHS
+    lengths, seconds = (QUICK, 0.5) if quick else (LENGTHS, 6.0)
     rows: list[Row] = []
     for rule in (*RULES, LIGHTNING) if kernels() else RULES:
         for kind in PASSES:
-            measured = [measure(rule, kind, n, 0.5 if quick else 6.0) for n in lengths]
-            rows += [*measured, *verdicts(measured, rule, kind)]
+            measured = [measure(rule, kind, n, seconds) for n in lengths]
+            rows += [*measured, crossover(measured, rule, kind)]
+            rows.append(
+                growth_of_time(rule, kind, QUICK if quick else (FROM, LENGTHS[-1]), seconds)
+            )
             rows.append(memory(rule, kind, lengths if quick else (2048, 8192, 32768)))
     rows.append(decoding(QUICK if quick else (1024, 8192, 65536)))
     title = f"Linear attention, one sequence, {HEADS} heads of width {WIDTH}, float32"
