@@ -26,7 +26,7 @@ import vendored  # noqa: E402
 def gather() -> stage.Tree:
     """Every file of the staged tree, in memory."""
     tree = stage.read(BOOK, ["*.md", "*.yml", "*.bib", "_static/**/*"])
-    tree |= stage.read(ROOT, ["chapters/*.ipynb", "chapters/*.py", "chapters/*.json"])
+    tree |= stage.read(ROOT, stage.CHAPTERS)
     tree |= vendored.assets()
     tree |= generated.pages(ROOT)
     return tree

@@ -1,5 +1,6 @@
 """Every chapter has the same bones, holds no outputs and runs; its solutions are right."""
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -21,6 +22,10 @@ SECTIONS = [
     "Papers",
 ]
 SECONDS, CORES = 90, 2
+
+_spec = importlib.util.spec_from_file_location("stage", ROOT / "book" / "tools" / "stage.py")
+stage = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(stage)
 
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
@@ -100,7 +105,7 @@ def test_every_exercise_has_a_stub_and_a_solution(path):
 
 
 @each_chapter
-def test_it_runs_without_a_network_and_its_solutions_are_right(path):
+def test_it_runs_without_a_network_and_its_solutions_are_right(path, tmp_path):
     notebook = read(path)
     written = len(notebook.cells)
     for stub, answer in zip(stubs(notebook), solutions(notebook).values(), strict=True):
@@ -112,7 +117,8 @@ def test_it_runs_without_a_network_and_its_solutions_are_right(path):
     environment = dict(os.environ)
     environment |= {"PYTHONPATH": str(ROOT), "no_proxy": "", "JAX_PLATFORMS": "cpu"}
     environment |= dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
-    resources = {"metadata": {"path": str(path.parent)}}
+    stage.sync(stage.read(ROOT, stage.CHAPTERS), tmp_path, keep=set())  # as the book runs it
+    resources = {"metadata": {"path": str(tmp_path / "chapters")}}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
     client.execute(env=environment)
 

@@ -4,6 +4,9 @@ import pathlib
 
 Tree = dict[str, bytes]
 
+# What chapters run with: their helpers, and the tables of measurements that they may show.
+CHAPTERS = ["chapters/*.ipynb", "chapters/*.py", "chapters/*.json", "book/data/bench/*.json"]
+
 
 def read(root: pathlib.Path, patterns: list[str]) -> Tree:
     """The files under `root` that match, keyed by their path relative to it."""

@@ -1,8 +1,8 @@
 """Which chapters must be executed again because what they import has changed.
 
 The execution cache knows a chapter by its code cells.  It cannot see that the library under them
-changed, so each chapter also has a fingerprint: the sources it can reach and the versions of the
-packages whose numbers and figures it shows.
+changed, so each chapter also has a fingerprint: the sources it can reach, the records it reads, and
+the versions of the packages whose numbers and figures it shows.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from jupyter_cache import get_cache
 
 # Parts of the library that only some chapters use; the rest counts for every chapter.
 ROOMS = ("models", "tasks", "training", "bench", "theory", "cli", "doctor")
+RECORDS = "book/data/bench"  # tables of measurements, which chapters may show
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "matplotlib", "plotly")
 
 
@@ -49,6 +50,9 @@ def fingerprint(chapter: pathlib.Path, root: pathlib.Path) -> str:
     for path, text in [*sources.items(), *sorted(helpers.items())]:
         if path in helpers or room_of(path) in {None, *rooms}:
             digest.update(f"{path}\0{text}\0".encode())
+    for record in sorted((root / RECORDS).glob("*.json")):
+        if f"{RECORDS}/{record.name}" in code:
+            digest.update(record.read_bytes())
     for package in PACKAGES:
         digest.update(f"{package} {importlib.metadata.version(package)}\0".encode())
     return digest.hexdigest()
