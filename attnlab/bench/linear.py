@@ -24,7 +24,7 @@ from attnlab.bench.harness import (
     time_in_turn,
 )
 from attnlab.bench.linear_peers import PEER, as_jax, missing_peer, peer
-from attnlab.bench.memory import GROWTH, growth
+from attnlab.bench.memory import GROWTH, counted, growth
 from attnlab.core.kernels import BACKENDS, missing
 from attnlab.core.masks import Causal
 
@@ -178,18 +178,11 @@ def memory(rule: str, kind: str, lengths: tuple[int, ...]) -> Row:
     for length in lengths:
         shapes = jax.eval_shape(lambda length=length: inputs(length, rule))
         compiled = jax.jit(passes(recurrence(CHUNKED), kind)).lower(shapes).compile()
-        sizes.append(_temporaries(compiled))
+        sizes.append(counted(compiled))
     exponent = growth(lengths, sizes)
     said = f"{sizes[0] / 1e6:,.1f} to {sizes[-1] / 1e6:,.1f} MB, n^{exponent:.2f}"
     cells = {"rule": rule, "pass": kind, "n": "memory", f"{CHUNKED} ms": said}
     return Row(cells, "O(n)", exponent <= GROWTH, {"bytes": dict(zip(lengths, sizes, strict=True))})
-
-
-def _temporaries(compiled: Any) -> int:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise NotImplementedError("this device's compiler does not tell how much memory it takes.")
-    return int(analysis.temp_size_in_bytes)
 
 
 def decoding(contexts: tuple[int, ...], steps: int = 64) -> Row:

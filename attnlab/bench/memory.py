@@ -62,6 +62,14 @@ def temporaries(function: Callable, shapes: Sequence[tuple[int, ...]], device: A
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=place) for s in shapes]
     with _not_kept():
         compiled = jax.jit(function).lower(*arguments).compile()
+    return counted(compiled, device)
+
+
+def counted(compiled: Any, device: Any = "this device") -> int:
+    """Bytes of temporary memory of a compiled function.
+
+    Raises NotImplementedError where the compiler does not tell.
+    """
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise NotImplementedError(f"{device}: its compiler does not tell how much memory it takes.")
