@@ -97,19 +97,26 @@ def usage(entry: Entry) -> str:
     """A program that uses the entry in a model, as text that runs."""
     causal = "causal self" in entry.patterns
     mask = ", mask=attnlab.masks.Causal()" if causal else ""
+    built = f'attnlab.atlas.get("{entry.id}").build(4, 32, rngs=nnx.Rngs(0))'
+    made = [f"layer = {built}"]
+    if entry.kind == "mechanism":
+        made = [
+            f"mechanism = {built}",
+            "layer = attnlab.MultiHeadAttention(",
+            "    128, 4, mechanism=mechanism, rngs=nnx.Rngs(1)",
+            ")",
+        ]
+    pooled = entry.kind == "layer" and not any(p.endswith("self") for p in entry.patterns)
     lines = [
         "import jax",
         "from flax import nnx",
         "import attnlab",
         "",
-        f'mechanism = attnlab.atlas.get("{entry.id}").build(4, 32, rngs=nnx.Rngs(0))',
-        "layer = attnlab.MultiHeadAttention(",
-        "    128, 4, mechanism=mechanism, rngs=nnx.Rngs(1)",
-        ")",
+        *made,
         "x = jax.random.normal(jax.random.key(0), (2, 16, 128))",
-        f"y = layer(x{mask})  # (2, 16, 128)",
+        f"y = layer(x{mask})  # (2, {4 if pooled else 16}, 128)",
     ]
-    if causal:
+    if causal and entry.kind == "mechanism":
         lines += ["", f"# on real text:  attnlab train --attention {entry.id} --data stdlib"]
     return "\n".join(lines)
 

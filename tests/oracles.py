@@ -71,6 +71,12 @@ def segments(query_ids, key_ids=None):
     return visible
 
 
+def causal_by(query_place, key_place):
+    """Keys whose place, whatever their order, is not after the query's."""
+    query_place, key_place = np.asarray(query_place), np.asarray(key_place)
+    return lambda i, j: ~(key_place[..., None, None, :] > query_place[..., None, :, None])
+
+
 def key_padding(lengths):
     """Keys at positions below `lengths`, one length per batch entry."""
     return prefix(lengths)

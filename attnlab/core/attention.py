@@ -28,6 +28,7 @@ __all__ = [
     "check_inputs",
     "explain",
     "log_num_visible",
+    "mean_visible",
 ]
 
 
@@ -166,14 +167,25 @@ def log_num_visible(query: Any, key: Any, *, mask: Any = None, **options: Any) -
         seen = jnp.arange(query.shape[-3], dtype=jnp.int32) + first + 1
         seen = jnp.clip(seen, 1, num_keys).astype(dtype)
         return jnp.broadcast_to(jnp.log(seen).reshape((1,) * (len(shape) - 1) + (-1,)), shape)
-    kept = ("query_offset", "key_offset", "implementation", "block_sizes")
-    zeros = jnp.zeros((*query.shape[:-1], 1), query.dtype)
     empty = jnp.zeros((*key.shape[:-1], 1), query.dtype)
-    _, lse = attention(
-        zeros, empty, empty, mask=mask, return_lse=True,
-        **{name: options[name] for name in kept if name in options},
-    )  # fmt: skip
+    _, lse = _evenly(query, empty, mask, options | {"return_lse": True})
     return jnp.where(jnp.isfinite(lse), lse, 0)
+
+
+def mean_visible(query: Any, value: Any, *, mask: Any = None, **options: Any) -> Array:
+    """Mean of the values "*B S K D" of the keys that each query may see: "*B T N D"; 0 for none.
+
+    It is attention with scores of zero, by whichever implementation `options` ask for.
+    """
+    return _evenly(query, value, mask, options | {"return_lse": False})
+
+
+def _evenly(query: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
+    """Attention with scores of zero, and what of a call's options that understands."""
+    kept = ("query_offset", "key_offset", "implementation", "block_sizes", "return_lse")
+    zeros = (jnp.zeros((*x.shape[:-1], 1), value.dtype) for x in (query, value))
+    known = {name: options[name] for name in kept if name in options}
+    return attention(*zeros, value, mask=mask, **known)
 
 
 def block_sparse_attention(

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from attnlab.core.derivatives import make_solver
 from attnlab.core.folds import Folds
 from attnlab.core.reference import Call, dense_tile
+from attnlab.core.scores import whole_rows
 from attnlab.core.terms import axes_of
 from attnlab.core.tiles import Leaves, Signature, pad_terms, plan_tiles
 
@@ -35,6 +36,7 @@ _ONE_CORE, _VISIT = 2**17, 6_000
 _FORWARD = ((512, 1024), (512, 512), (256, 256), (128, 128))
 _BACKWARD = ((256, 256), (128, 128))
 _LARGEST = 2**20
+_ROWS = 2**18  # of whole rows, of which derivatives hold many arrays of this size
 
 
 def default_block_sizes(
@@ -72,6 +74,8 @@ def blockwise_attention(
     call: Call, block_sizes: tuple[int, int] | None = None
 ) -> tuple[Float[Array, "*B N T D"], Float[Array, "*B N T"]]:
     """Attention in O(T + S) memory; output in the accumulator's dtype, and the log-sum-exp."""
+    if call.normalizer.kind == "row" or whole_rows(call.modifiers):
+        return _row_blocks(call, _row_block(call, block_sizes))
     if block_sizes is None:
         forward_blocks = default_block_sizes(call)
         backward_blocks = default_block_sizes(call, _BACKWARD)
@@ -79,8 +83,6 @@ def blockwise_attention(
         rows, cols = call.lengths
         forward_blocks = (min(block_sizes[0], rows), min(block_sizes[1], cols))
         backward_blocks = forward_blocks
-    if call.normalizer.kind == "row":
-        return _row_blocks(call, forward_blocks[0])
     return _solve(*Signature.of(call, forward_blocks, backward_blocks))
 
 
@@ -89,8 +91,17 @@ def _solve(signature: Signature, x: Leaves, aux: dict[str, Any]) -> tuple[Array,
     return make_solver(Folds(signature))(x, aux)
 
 
+def _row_block(call: Call, block_sizes: tuple[int, int] | None) -> int:
+    """How many whole rows at a time: of a bounded number of scores, but not one by one."""
+    rows, cols = call.lengths
+    if block_sizes is not None:
+        return min(block_sizes[0], rows)
+    together = math.prod(call.query.shape[:-2]) * cols
+    return min(max(_ROWS // max(together, 1), 8), rows)
+
+
 def _row_blocks(call: Call, block: int) -> tuple[Array, Array]:
-    """For normalizers that need whole rows: some rows at a time, recomputed for derivatives."""
+    """For what needs whole rows of scores: some at a time, recomputed for derivatives."""
     num_queries, num_keys = call.lengths
     padding = -num_queries % block
     query = jnp.pad(call.query, [(0, 0)] * (call.query.ndim - 2) + [(0, padding), (0, 0)])

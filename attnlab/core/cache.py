@@ -31,7 +31,7 @@ class KVCache:
         value_width: int | None = None,
         dtype: Any = jnp.float32,
     ) -> "KVCache":
-        """An empty cache.
+        """An empty cache; of values that are 0 wide where they are part of the keys.
 
         Raises:
           ValueError: capacity is not positive.
@@ -41,7 +41,7 @@ class KVCache:
         shape = (*batch_shape, capacity, num_kv_heads)
         return cls(
             jnp.zeros((*shape, head_width), dtype),
-            jnp.zeros((*shape, value_width or head_width), dtype),
+            jnp.zeros((*shape, head_width if value_width is None else value_width), dtype),
             jnp.zeros((), jnp.int32),
         )
 
@@ -81,10 +81,10 @@ class KVCache:
 
 @struct.dataclass
 class StateCache:
-    """What a recurrent layer remembers after `length` tokens; a pytree.
+    """What a layer that looks back remembers after `length` tokens; a pytree.
 
     `memory` is the mechanism's state, or a `KVCache` where it has none; `tails` the last inputs of
-    each short convolution, "*B W-1 C".
+    each short convolution, "*B W-1 C", and a `Tail` for each time `Mechanism.prepare` looks back.
     """
 
     memory: Any

@@ -29,6 +29,7 @@ from attnlab.core.kernels import BACKENDS, device, interpreted, missing
 from attnlab.core.normalizers import Normalizer, Softmax
 from attnlab.core.partial import finish, merge
 from attnlab.core.reference import heads_first, join_extra
+from attnlab.core.scores import whole_rows
 
 DECODE_IMPLEMENTATIONS = ("blockwise", *BACKENDS)
 
@@ -160,9 +161,10 @@ def decode_attention(
     start = 0 if shared is None else shared.num_keys
     sizes = {"N": heads, "T": query.shape[-3], "S": start + memory.num_keys}
     mask, modifiers, normalizer = check_terms(mask, modifiers, normalizer, batch, sizes, return_lse)
-    if normalizer.kind == "row":
+    needy = type(normalizer).__name__ if normalizer.kind == "row" else whole_rows(modifiers)
+    if needy:
         raise NotImplementedError(
-            f"decode_attention streams over keys, which {type(normalizer).__name__} does not; "
+            f"decode_attention streams over keys, which {needy} does not; "
             'attnlab.attention(implementation="reference") can.'
         )
     if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 1):

@@ -16,8 +16,8 @@ from attnlab.core.terms import At
 from pallas_kernels.flash.threefry import threefry_2x32
 
 
-def key_words(key: Any) -> UInt32[Array, "2"]:
-    """Two words of any JAX random key, typed or raw.
+def key_words(key: Any, name: str = "dropout_key") -> UInt32[Array, "2"]:
+    """Two words of any JAX random key, typed or raw; `name` is the argument's.
 
     Raises:
       TypeError: `key` is not a random key.
@@ -25,7 +25,7 @@ def key_words(key: Any) -> UInt32[Array, "2"]:
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     if getattr(key, "dtype", None) != jnp.uint32 or key.ndim != 1:
-        raise TypeError(f"dropout_key: expected one JAX random key, got {key!r}.")
+        raise TypeError(f"{name}: expected one JAX random key, got {key!r}.")
     if key.shape[0] > 2:  # implementations with longer keys
         key = key[:2] ^ key[-2:]
     return key
@@ -35,6 +35,13 @@ def keep_mask(
     words: UInt32[Array, "2"], rate: float, at: At, batch: tuple[int, ...]
 ) -> Bool[Array, "*B N t s"]:
     """True for the pairs that are kept, each with probability 1 - rate."""
+    return pair_bits(words, at, batch) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def pair_bits(
+    words: UInt32[Array, "2"], at: At, batch: tuple[int, ...]
+) -> UInt32[Array, "*B N t s"]:
+    """Random bits of each pair: of its batch entry, head and positions, whatever the tile."""
     rank = at.query.ndim
     number = jnp.arange(int(np.prod(batch, dtype=np.int64)), dtype=jnp.uint32)
     number = number.reshape(*batch, 1, 1, 1)
@@ -50,4 +57,4 @@ def keep_mask(
     own = threefry_2x32((first, second), (spread(number, heads), spread(word(at.head), heads)))
     shape = np.broadcast_shapes(heads, at.query.shape, at.key.shape)
     bits, _ = threefry_2x32(own, (spread(word(at.query), shape), spread(word(at.key), shape)))
-    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return bits

@@ -25,6 +25,19 @@ MASKS = {
     "keys": "padding of keys and queries",
 }
 
+# What a gradient is.
+GRADIENTS = {
+    "slope": "the derivative",
+    "kinked": "the derivative, which jumps where a unit turns on or off",
+    "straight-through": "that of a surrogate, through signs that have none",
+}
+
+# What an entry's example is.
+KINDS = {
+    "mechanism": "maps query, key and value; `MultiHeadAttention` projects around it",
+    "layer": "maps the input itself; its projections are its own",
+}
+
 ATTENTION = ("reference", "blockwise", "xla", "cudnn", "triton")  # of softmax attention
 RECURRENCE = ("parallel", "chunked", "recurrent")  # of the linear-state recurrence
 
@@ -56,7 +69,8 @@ class Entry:
     `formula` is LaTeX; `time` and `memory` are growth classes in T queries, S keys, width H;
     `build(num_heads, head_width, *, rngs)` makes a small working example of `module`;
     `implementations` are those that the contract runs; `masks` says which masks a mechanism takes,
-    one of `MASKS`.
+    one of `MASKS`; `gradient` says what a gradient is, one of `GRADIENTS`.  A layer (`kind`, one of
+    `KINDS`) is called as `layer(x, mask=...)`, x "*B T F" with F = num_heads head_width.
     """
 
     id: str
@@ -75,12 +89,16 @@ class Entry:
     build: Callable
     implementations: tuple[str, ...] = ATTENTION
     masks: str = "pairs"
+    gradient: str = "slope"
+    kind: str = "mechanism"
 
     def __post_init__(self) -> None:
-        if self.masks not in MASKS:
-            raise ValueError(
-                f"masks: entry {self.id!r} says {self.masks!r}; expected one of {list(MASKS)}."
-            )
+        for name, known in (("masks", MASKS), ("gradient", GRADIENTS), ("kind", KINDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: entry {self.id!r} says {getattr(self, name)!r}; "
+                    f"expected one of {list(known)}."
+                )
         for name, allowed in (("patterns", PATTERNS), ("properties", PROPERTIES)):
             unknown = [x for x in getattr(self, name) if x not in allowed]
             if unknown:
@@ -109,6 +127,8 @@ class Entry:
             "exact": self.exact,
             "implementations": list(self.implementations),
             "masks": self.masks,
+            "gradient": self.gradient,
+            "kind": self.kind,
             "properties": sorted(self.properties),
             "function": f"{self.function.__module__}.{self.function.__qualname__}",
             "module": f"{self.module.__module__}.{self.module.__qualname__}",

@@ -57,10 +57,11 @@ def prepare(
     return call, implementation
 
 
-def check_inputs(*inputs: Any, empty: bool = False) -> list[Array]:
+def check_inputs(*inputs: Any, empty: bool = False, grouped: bool = True) -> list[Array]:
     """Query, key and value as arrays, or the error that `attention` documents.
 
-    With `empty`, sequences may be: lengths of 0 are taken.
+    With `empty`, sequences may be: lengths of 0 are taken.  Without `grouped` any number of query
+    heads is, whatever the number of key heads.
     """
     arrays = []
     for name, x, axes in zip(("query", "key", "value"), inputs, _AXES, strict=True):
@@ -93,7 +94,7 @@ def check_inputs(*inputs: Any, empty: bool = False) -> list[Array]:
             f"value: length and heads {value.shape[-3:-1]} differ from those of key, "
             f"{key.shape[-3:-1]}."
         )
-    if query.shape[-2] % key.shape[-2]:
+    if grouped and query.shape[-2] % key.shape[-2]:
         raise ValueError(
             f"query: the number of heads, {query.shape[-2]}, should be a multiple of the number of "
             f"key heads, {key.shape[-2]}."

@@ -23,6 +23,7 @@ from attnlab.core.launch import body, launch_backward, launch_forward
 from attnlab.core.masks import Full
 from attnlab.core.problems import Problem, flat, pad_to, tags_of
 from attnlab.core.reference import Call, isolate_bad, zero_bad
+from attnlab.core.scores import whole_rows
 from attnlab.core.terms import sized_axes
 from attnlab.core.tiles import Leaves, Signature
 from pallas_kernels.flash import plan
@@ -121,6 +122,9 @@ def term_limits(call: Call, backend: str) -> str | None:
     """What keeps a kernel from evaluating the terms of a call, whatever its tiles, or None."""
     if call.normalizer.kind == "row":
         return f"streams over keys, which {type(call.normalizer).__name__} does not"
+    needy = whole_rows(call.modifiers)
+    if needy:
+        return f"sees a tile at a time; {needy} reads whole rows of scores"
     limit = body(backend).limits(call.query, call.value)
     if limit:
         return str(limit)

@@ -50,6 +50,18 @@ def layout(
     return found
 
 
+def without_causal(mask: Mask) -> Mask | None:
+    """The mask without its causal parts, or None if it has none that can be told."""
+    parts = _parts(mask)
+    kept = [part for part in parts if not isinstance(part, Causal)]
+    if len(kept) == len(parts):
+        return None
+    rest: Mask = Full()
+    for part in kept:
+        rest = rest & part
+    return rest
+
+
 def _parts(mask: Mask) -> list[Mask]:
     return [*_parts(mask.a), *_parts(mask.b)] if isinstance(mask, _And) else [mask]
 

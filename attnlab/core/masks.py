@@ -291,15 +291,42 @@ class Segments(Mask):
         return (self.query_ids == self.key_ids) & (self.key_ids >= 0)
 
     def data_bounds(self, span: Span) -> tuple[Any, Any]:
-        ends = []
-        for axis, ids in enumerate((self.query_ids, self.key_ids)):
-            blocks = span.in_blocks(jnp.asarray(ids)[..., None, :], axis)
-            shape = (*blocks.shape[:-2], -1, 1) if axis == 0 else (*blocks.shape[:-2], 1, -1)
-            ends += [blocks.min(-1).reshape(shape), blocks.max(-1).reshape(shape)]
-        query_low, query_high, key_low, key_high = ends
+        query_low, query_high, key_low, key_high = _ends(self.query_ids, self.key_ids, span)
         some = (query_low <= key_high) & (key_low <= query_high) & (key_high >= 0)
         one = (query_low == query_high) & (key_low == key_high) & (query_low == key_low)
         return some & (query_high >= 0), one & (key_low >= 0)
+
+
+def _ends(queries: Any, keys: Any, span: Span) -> list[Array]:
+    """Least and largest number of each block of queries "... I 1", and of keys "... 1 J"."""
+    ends = []
+    for axis, numbers in enumerate((queries, keys)):
+        blocks = span.in_blocks(jnp.asarray(numbers)[..., None, :], axis)
+        shape = (*blocks.shape[:-2], -1, 1) if axis == 0 else (*blocks.shape[:-2], 1, -1)
+        ends += [blocks.min(-1).reshape(shape), blocks.max(-1).reshape(shape)]
+    return ends
+
+
+class CausalBy(Mask):
+    """Causal by given positions: a query sees keys whose position is not after its own.
+
+    `query_place` "*B T" and `key_place` "*B S" (the query's, when left out) are integers in any
+    order; tokens with the same one see each other.
+    """
+
+    query_place: ArrayLeaf = leaf("B T")
+    key_place: ArrayLeaf = leaf("B S", default=None)
+
+    def __post_init__(self) -> None:
+        if self.key_place is None:
+            object.__setattr__(self, "key_place", self.query_place)
+
+    def allowed(self, at: At) -> Bool[Array, "..."]:
+        return self.key_place <= self.query_place
+
+    def data_bounds(self, span: Span) -> tuple[Any, Any]:
+        query_low, query_high, key_low, key_high = _ends(self.query_place, self.key_place, span)
+        return key_low <= query_high, key_high <= query_low
 
 
 class KeyPadding(Mask):

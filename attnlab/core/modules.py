@@ -14,7 +14,10 @@ from attnlab.core.cache import KVCache, StateCache
 from attnlab.core.linear_attention import linear_state
 from attnlab.core.mask_layout import layout
 from attnlab.core.masks import KeyPadding, Mask, as_mask
+from attnlab.core.past import Past, Tail
 from attnlab.core.short_convolution import ShortConvolution
+
+PROJECTIONS = ("query", "key", "value")
 
 
 class Mechanism(nnx.Module):
@@ -24,11 +27,17 @@ class Mechanism(nnx.Module):
     `MultiHeadAttention`.  The base class is plain softmax attention without positions.
 
     `function` is what a call runs.  `conv_width` is the width of the short convolution that the
-    paper's layer has after its projections; None for none.
+    paper's layer has after its projections; None for none.  `projected` names the projections of
+    that layer: in place of another, its input is cut into heads.  `query_heads` is how many heads
+    the query's projection makes, where a call makes all N of fewer, and `key_heads` how many key
+    heads K that layer has unless it is told; None for N.
     """
 
     function: ClassVar[Callable[..., Any]] = staticmethod(attention)
     conv_width: int | None = None
+    projected: tuple[str, ...] = PROJECTIONS
+    query_heads: int | None = None
+    key_heads: int | None = None
 
     def embed(self, x: Float[Array, "*B T F"], *, offset: Any = 0) -> Float[Array, "*B T F"]:
         """Applied to a model's token embeddings; only encodings added at the input override it."""
@@ -37,6 +46,37 @@ class Mechanism(nnx.Module):
     def controls(self, x: Float[Array, "*B T F"]) -> dict[str, Any]:
         """What the mechanism computes from the layer's input, such as decays: options of a call."""
         return {}
+
+    def prepare(
+        self,
+        query: Float[Array, "*B T N H"],
+        key: Float[Array, "*B S K H"],
+        value: Float[Array, "*B S K D"],
+        past: Past,
+    ) -> tuple[Array, Array, Array]:
+        """Query, key and value as they attend, where that takes a few tokens before each.
+
+        `past.previous` gives those, and `past.offset` the position of the first token.  A call is
+        given what `prepare` returns, and so is a cache.
+        """
+        return query, key, value
+
+    def keep(
+        self,
+        key: Float[Array, "*B S K H"],
+        value: Float[Array, "*B S K D"],
+        x: Float[Array, "*B S F"],
+    ) -> tuple[Array, Array]:
+        """Keys and values as a cache keeps them: with what else depends on their tokens alone.
+
+        `x` is the input that they were projected from.  A call is given what `keep` returns;
+        `kept_widths` says how wide that is.
+        """
+        return key, value
+
+    def kept_widths(self, head_width: int, value_width: int, num_kv_heads: int) -> tuple[int, int]:
+        """Widths of the keys and values that `keep` returns."""
+        return head_width, value_width
 
     def finish(self, out: Float[Array, "*B T N D"], x: Float[Array, "*B T F"]) -> Array:
         """Applied to what the heads read, before the last projection: norms and gates."""
@@ -93,6 +133,18 @@ class RMSNorm(nnx.Module):
         return (wide * rms * gain).astype(x.dtype)
 
 
+class Unprojected(nnx.Module):
+    """Stands where a projection does not: the input as it is, in the dtype a projection gives."""
+
+    def __init__(self, features: int, *, dtype: Any = None, param_dtype: Any = jnp.float32):
+        self.out_features, self.dtype, self.param_dtype = features, dtype, param_dtype
+
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        """`x` itself."""
+        given = jnp.result_type(x, self.param_dtype) if self.dtype is None else self.dtype
+        return x.astype(given)
+
+
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention around any mechanism, with grouped-query heads and a cache.
 
@@ -105,7 +157,7 @@ class MultiHeadAttention(nnx.Module):
       features: width F of the input and of the output.
       num_heads: query heads N.
       mechanism: what happens between the projections; plain softmax attention by default.
-      num_kv_heads: key heads K, a divisor of N; N by default.
+      num_kv_heads: key heads K, a divisor of N; by default what the mechanism asks for, else N.
       head_width, value_width: H and D; F / N and H by default.
       qk_norm: RMS-normalize each head's queries and keys, with a learned gain per channel; keeps
         scores bounded (recommended with sigmoid attention).
@@ -117,8 +169,12 @@ class MultiHeadAttention(nnx.Module):
       dropout_rate: dropout of weights, applied when a call gives `dropout_key`.
       implementation: as for `attnlab.attention`.
 
+    A mechanism may ask for less: `Mechanism.projected` names the projections that there are,
+    `Mechanism.query_heads` how many heads the query's makes, and `Mechanism.key_heads` K.
+
     Raises:
-      ValueError: heads or widths that do not divide.
+      ValueError: heads or widths that do not divide; heads of a projection that the mechanism does
+        without, which are not as wide as the input.
     """
 
     def __init__(
@@ -140,7 +196,10 @@ class MultiHeadAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.mechanism = Mechanism() if mechanism is None else mechanism
+        if num_kv_heads is None:
+            asked = self.mechanism.key_heads
+            num_kv_heads = num_heads if asked is None else asked
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
                 "num_kv_heads: expected a positive divisor of num_heads, "
@@ -154,7 +213,6 @@ class MultiHeadAttention(nnx.Module):
         self.head_width = head_width or features // num_heads
         self.value_width = value_width or self.head_width
         self.dropout_rate, self.implementation = dropout_rate, implementation
-        self.mechanism = Mechanism() if mechanism is None else mechanism
 
         def linear(width_in: int, width_out: int) -> nnx.Linear:
             return nnx.Linear(
@@ -162,9 +220,16 @@ class MultiHeadAttention(nnx.Module):
                 kernel_init=nnx.initializers.lecun_normal(), rngs=rngs,
             )  # fmt: skip
 
-        self.query = linear(features, num_heads * self.head_width)
-        self.key = linear(features, num_kv_heads * self.head_width)
-        self.value = linear(features, num_kv_heads * self.value_width)
+        widths = (self.head_width, self.head_width, self.value_width)
+        sizes = [n * width for n, width in zip(self._counts, widths, strict=True)]
+        absent = _absent(self.mechanism.projected, features, sizes)
+
+        def projection(name: str, size: int) -> Any:
+            if name not in absent:
+                return linear(features, size)
+            return Unprojected(features, dtype=dtype, param_dtype=param_dtype)
+
+        self.query, self.key, self.value = map(projection, PROJECTIONS, sizes)
         self.out = linear(num_heads * self.value_width, features)
 
         def norm() -> Any:
@@ -200,16 +265,42 @@ class MultiHeadAttention(nnx.Module):
             batch_shape, self.num_kv_heads, self.head_width, self.value_width
         )
         if memory is None:
-            memory = KVCache.create(
-                batch_shape, capacity, self.num_kv_heads, self.head_width, self.value_width, dtype
-            )
-            if self.convolutions is None:
+            heads = self.num_kv_heads
+            widths = self.mechanism.kept_widths(self.head_width, self.value_width, heads)
+            memory = KVCache.create(batch_shape, capacity, heads, *widths, dtype)
+            if self.convolutions is None and not self._looks_back:
                 return memory
-        tails = tuple(
+        tails: tuple[Any, ...] = tuple(
             jnp.zeros((*batch_shape, c.weight.shape[0] - 1, c.weight.shape[1]), dtype)
             for c in self.convolutions or ()
         )
+        tails += self._empty_tails(batch_shape, dtype)
         return StateCache(memory, tails, jnp.zeros((), jnp.int32))
+
+    @property
+    def _counts(self) -> tuple[int, int, int]:
+        """Heads of query, key and value as projected."""
+        heads = self.mechanism.query_heads
+        return (self.num_heads if heads is None else heads, *(self.num_kv_heads,) * 2)
+
+    @property
+    def _looks_back(self) -> bool:
+        return type(self.mechanism).prepare is not Mechanism.prepare
+
+    def _empty_tails(self, batch_shape: tuple[int, ...], dtype: Any) -> tuple[Tail, ...]:
+        """Tails before the first token: of the shapes that `prepare` leaves, nothing in them."""
+        if not self._looks_back:
+            return ()
+        widths = (self.head_width, self.head_width, self.value_width)
+        shapes = [(*batch_shape, 1, n, w) for n, w in zip(self._counts, widths, strict=True)]
+
+        def run(query: Array, key: Array, value: Array) -> tuple[Tail, ...]:
+            past = Past(len(batch_shape))
+            self.mechanism.prepare(query, key, value, past)
+            return past.tails
+
+        tails = jax.eval_shape(run, *(jax.ShapeDtypeStruct(s, dtype) for s in shapes))
+        return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), tails)
 
     def __call__(
         self,
@@ -253,10 +344,15 @@ class MultiHeadAttention(nnx.Module):
         source = x if context is None else context
         plain = self.query(x), self.key(source), self.value(source)
         projected, tails = self._convolved(plain, mask, cache)
-        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        query, key, value = (_heads(y, n) for y, n in zip(projected, counts, strict=True))
+        query, key, value = (_heads(y, n) for y, n in zip(projected, self._counts, strict=True))
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
+        if self._looks_back:
+            # A mask of a context's tokens says nothing of the tokens of x.
+            past = self._past(query, key, mask if context is None else None, cache)
+            query, key, value = self.mechanism.prepare(query, key, value, past)
+            tails = (*(tails or ()), *past.tails)
+        key, value = self.mechanism.keep(key, value, source)
         drop = self.dropout_rate if dropout_key is not None else 0.0
         options = controls | {
             "mask": mask, "dropout_rate": drop, "dropout_key": dropout_key if drop else None,
@@ -289,12 +385,19 @@ class MultiHeadAttention(nnx.Module):
         offset = 0 if cache is None else cache.length
         known = None if mask is None else layout(as_mask(mask), lengths, (offset, offset))
         options = {} if known is None else {"real": known.keys, "ids": known.ids}
-        tails = (None,) * 3 if cache is None else cache.tails
+        tails = (None,) * 3 if cache is None else cache.tails[:3]
         done = [
             convolve(y, tail=tail, **options)
             for convolve, y, tail in zip(self.convolutions, projected, tails, strict=True)
         ]
         return tuple(y for y, _ in done), tuple(tail for _, tail in done)
+
+    def _past(self, query: Array, key: Array, mask: Any, cache: Any) -> Past:
+        """What came before: the tails behind those of the short convolutions."""
+        if cache is None:
+            return Past.of(mask, query, key)
+        tails = cache.tails[0 if self.convolutions is None else 3 :]
+        return Past.of(mask, query, key, offset=cache.length, tails=tails)
 
     def _attend(
         self, query: Array, key: Array, value: Array, cache: Any, tails: Any, options: dict
@@ -318,6 +421,20 @@ class MultiHeadAttention(nnx.Module):
         if not isinstance(cache, StateCache):
             return out, memory
         return out, StateCache(memory, tails or (), offset + query.shape[-3])
+
+
+def _absent(projected: tuple[str, ...], features: int, sizes: list[int]) -> set[str]:
+    """Names of the projections that are not there; their heads are those of the input."""
+    if not set(projected) <= set(PROJECTIONS):
+        raise ValueError(f"projected: expected some of {PROJECTIONS}, got {projected}.")
+    absent = {name: n for name, n in zip(PROJECTIONS, sizes, strict=True) if name not in projected}
+    for name, size in absent.items():
+        if size != features:
+            raise ValueError(
+                f"{name}: the mechanism has no projection of it, so that its heads together are "
+                f"as wide as the input, {features=}; got {size}. See num_kv_heads and head_width."
+            )
+    return set(absent)
 
 
 def _heads(x: Float[Array, "*B T C"], count: int) -> Float[Array, "*B T N H"]:

@@ -71,16 +71,32 @@ class SoftmaxPlusOne(Normalizer):
         return jnp.zeros((), jnp.float32)
 
 
+def log_softplus(score: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The logarithm of softplus; s - e^s / 2 + ... where that underflows."""
+    edge = jnp.log(jnp.finfo(score.dtype).eps)
+    near = jnp.maximum(score, edge)
+    return jnp.where(score > edge, jnp.log(jax.nn.softplus(near)), score)
+
+
 class SoftplusL1(Normalizer):
     """softplus(s) / sum softplus(s)."""
 
     kind: ClassVar[str] = "shared"
 
     def log_weight(self, score: Float[Array, "..."]) -> Float[Array, "..."]:
-        # log softplus(s) = s - e^s / 2 + ... for very negative s, where softplus underflows.
-        edge = jnp.log(jnp.finfo(score.dtype).eps)
-        near = jnp.maximum(score, edge)
-        return jnp.where(score > edge, jnp.log(jax.nn.softplus(near)), score)
+        return log_softplus(score)
+
+
+class TaylorSoftmax(Normalizer):
+    """Softmax whose exponential is its second-order series, 1 + s + s^2 / 2 >= 1/2.
+
+    It grows on both sides of its least value, at s = -1: very negative scores weigh much.
+    """
+
+    kind: ClassVar[str] = "shared"
+
+    def log_weight(self, score: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.log1p(score * (1 + score / 2))
 
 
 class Sigmoid(Normalizer):

@@ -120,7 +120,7 @@ def log_weights(
     if allowed is not None:
         # Twice `where`: what a modifier makes of a masked score must not reach a gradient.
         products = jnp.where(allowed, products, 0)
-    scores = apply_modifiers(modifiers, products, at)
+    scores = apply_modifiers(modifiers, products, at, allowed)
     if normalizer.kind == "shared":
         scores = normalizer.log_weight(scores)
     return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)

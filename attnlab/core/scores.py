@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.core.terms import ArrayLeaf, At, Term, leaf, static
 
@@ -26,6 +26,25 @@ class ScoreModifier(Term):
 
     def __call__(self, score: Float[Array, "..."], at: At) -> Float[Array, "..."]:
         raise NotImplementedError
+
+
+class RowModifier(ScoreModifier):
+    """A modifier that reads a query's scores of all keys at once; a subclass defines `rows`.
+
+    Served by implementations that hold rows: "reference", and "blockwise" some rows at a time,
+    O(S) memory for a block of queries, forward and backward.
+    """
+
+    def rows(
+        self, score: Float[Array, "... S"], at: At, allowed: Bool[Array, "... S"]
+    ) -> Float[Array, "... S"]:
+        """New scores; those that are not `allowed` are 0 and what becomes of them is ignored."""
+        raise NotImplementedError
+
+
+def whole_rows(modifiers: Sequence[ScoreModifier]) -> str | None:
+    """The name of a modifier that needs whole rows, if there is one."""
+    return next((type(x).__name__ for x in modifiers if isinstance(x, RowModifier)), None)
 
 
 def as_modifiers(modifiers: Any) -> tuple[ScoreModifier, ...]:
@@ -55,16 +74,28 @@ def after(own: ScoreModifier | Sequence[ScoreModifier], options: dict[str, Any])
 
 
 def apply_modifiers(
-    modifiers: Sequence[ScoreModifier], score: Float[Array, "..."], at: At
+    modifiers: Sequence[ScoreModifier],
+    score: Float[Array, "..."],
+    at: At,
+    allowed: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """The modifiers in order, their arrays cast to the dtype of the scores."""
+    """The modifiers in order, their arrays cast to the dtype of the scores.
+
+    `allowed`: which pairs may meet, for those that read whole rows.
+    """
     dtype = score.dtype
 
     def cast(x: Array) -> Array:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     for modifier in modifiers:
-        score = jnp.broadcast_to(jax.tree.map(cast, modifier)(score, at), score.shape)
+        own = jax.tree.map(cast, modifier)
+        if isinstance(own, RowModifier):
+            seen = jnp.broadcast_to(True if allowed is None else allowed, score.shape)
+            new = own.rows(jnp.where(seen, score, 0), at, seen)
+        else:
+            new = own(score, at)
+        score = jnp.broadcast_to(new, score.shape)
     return score
 
 
@@ -178,6 +209,62 @@ class Temperature(ScoreModifier):
 
     def __call__(self, score: Float[Array, "..."], at: At) -> Float[Array, "..."]:
         return score / self.temperature
+
+
+class PairScale(ScoreModifier):
+    """Multiply by a number of the query and one of the key: `rows` "B N T", `cols` "B N S"."""
+
+    rows: ArrayLeaf = leaf("B N T")
+    cols: ArrayLeaf = leaf("B N S")
+
+    def __call__(self, score: Float[Array, "..."], at: At) -> Float[Array, "..."]:
+        return score * self.rows * self.cols
+
+
+class PairNetwork(ScoreModifier):
+    """Add what a small network makes of a query's and a key's numbers: additive attention.
+
+        h = f(rows + cols);   h = f(h W + b) for each of `layers`;   score + h . last
+
+    `rows` and `cols` are tuples of arrays "B N T" and "B N S", one to a unit; `layers` are pairs
+    (W, b) of tuples of scalars, W by columns; `last` are scalars, one to a unit.  Kernels have no
+    matrix product within a tile, so all is written out: compiling takes long for more than about
+    16 units.  Bahdanau et al. 2014, arXiv:1409.0473 is one layer of tanh.
+    """
+
+    additive: ClassVar[bool] = True
+    rows: Any = leaf("B N T")
+    cols: Any = leaf("B N S")
+    layers: Any = leaf("")
+    last: Any = leaf("")
+    activation: Callable[[Array], Array] = static(default=jax.nn.relu)
+
+    @classmethod
+    def of(
+        cls,
+        rows: Float[Array, "*B N T P"],
+        cols: Float[Array, "*B N S P"],
+        layers: Sequence[tuple[Float[Array, "_ _"], Float[Array, " _"]]],
+        last: Float[Array, " _"],
+        activation: Callable[[Array], Array] = jax.nn.relu,
+    ) -> "PairNetwork":
+        """The modifier from arrays."""
+        units = [tuple(x[..., p] for p in range(x.shape[-1])) for x in (rows, cols)]
+        deep = tuple((tuple(map(tuple, w.T)), tuple(b)) for w, b in layers)
+        return cls(units[0], units[1], deep, tuple(last), activation)
+
+    def __call__(self, score: Float[Array, "..."], at: At) -> Float[Array, "..."]:
+        units = [self.activation(a + c) for a, c in zip(self.rows, self.cols, strict=True)]
+        for columns, biases in self.layers:
+            units = [
+                self.activation(_weighed(units, column) + bias)
+                for column, bias in zip(columns, biases, strict=True)
+            ]
+        return score + _weighed(units, self.last)
+
+
+def _weighed(units: Sequence[Any], weights: Sequence[Any]) -> Any:
+    return sum(unit * weight for unit, weight in zip(units, weights, strict=True))
 
 
 class ScoreFunction(ScoreModifier):

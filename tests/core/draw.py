@@ -103,6 +103,10 @@ def simple_mask(name: str, size: Sizes, seed: int) -> Pair:
         rows, columns = np.sort(integers((*batch, t), -1, 3)), np.sort(integers((*batch, s), -1, 3))
         term = masks.Segments(jnp.asarray(rows), jnp.asarray(columns))
         return Pair(name, term, oracles.segments(rows, columns))
+    if name == "causal by":
+        rows, columns = integers((*batch, t), -2, 5), integers((*batch, s), -2, 7)
+        term = masks.CausalBy(jnp.asarray(rows), jnp.asarray(columns))
+        return Pair(name, term, oracles.causal_by(rows, columns))
     if name == "padding":
         lengths = integers(batch, 0, s + 1)
         return Pair(name, masks.KeyPadding(jnp.asarray(lengths)), oracles.key_padding(lengths))
@@ -139,6 +143,7 @@ MASKS = (
     "prefix",
     "prefix by batch",
     "segments",
+    "causal by",
     "padding",
     "strided",
     "array",

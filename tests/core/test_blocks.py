@@ -133,6 +133,10 @@ def test_the_tables_of_a_kernel_agree_with_the_dense_mask(data):
          [[1, 1, 0]] * 2, [[1, 0, 0]] * 2),
         (lambda: masks.Segments(jnp.full((2, 4), -1), jnp.full((2, 12), -1)), [[0, 0, 0]] * 2,
          [[0, 0, 0]] * 2),
+        (lambda: masks.CausalBy(jnp.asarray([[5, 7, 6, 5]] * 2),
+                                jnp.asarray([[5, 1, 2, 0, 6, 9, 9, 9, 8, 8, 9, 8],
+                                             [6, 5, 5, 5, 0, 0, 0, 0, 7, 9, 9, 9]])),
+         [[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 0]]),
         (lambda: masks.Prefix(jnp.asarray([12, 4])), [[1, 1, 1], [1, 0, 0]],
          [[1, 1, 1], [1, 0, 0]]),
         (lambda: masks.QueryPadding(jnp.asarray([4, 0])), [[1, 1, 1], [0, 0, 0]],
@@ -142,7 +146,8 @@ def test_the_tables_of_a_kernel_agree_with_the_dense_mask(data):
         (lambda: masks.Causal() & masks.KeyPadding(jnp.asarray([12, 12])), [[1, 0, 0]] * 2,
          [[0, 0, 0]] * 2),
     ],
-    ids=["padding", "segments", "all padding", "prefix", "queries", "blocks", "causal padding"],
+    ids=["padding", "segments", "all padding", "causal by", "prefix", "queries", "blocks",
+         "causal padding"],
 )  # fmt: skip
 def test_tiles_are_known_as_by_hand(mask, some, every):
     """4 queries and 12 keys in tiles of 4: being right is not enough, saying nothing is right."""
