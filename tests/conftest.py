@@ -79,6 +79,20 @@ def as_users_run_it():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(scope="module")
+def lightly_compiled():
+    """On a CPU, compiled with few optimisations: the same arithmetic, in two thirds of the time.
+
+    For tests of values, thousands of small programs each; not for what reads a compiler's counts.
+    """
+    option = "jax_disable_most_optimizations"
+    before = jax.config.read(option)
+    jax.config.update(option, before or jax.default_backend() == "cpu")
+    yield
+    jax.config.update(option, before)
+    jax.clear_caches()  # other tests compare bits with those of other processes
+
+
 _tests_done = itertools.count(1)
 
 

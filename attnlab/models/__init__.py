@@ -2,5 +2,6 @@
 
 from attnlab.models.generate import generate
 from attnlab.models.language_model import CausalLM
+from attnlab.models.sourced import SourcedLM
 
-__all__ = ["CausalLM", "generate"]
+__all__ = ["CausalLM", "SourcedLM", "generate"]

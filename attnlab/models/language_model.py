@@ -34,7 +34,11 @@ CAUSAL_SELF = "causal self"
 
 def causal_ids() -> list[str]:
     """The ids of the atlas entries that a causal language model can use, sorted."""
-    return sorted(i for i, e in atlas.entries().items() if CAUSAL_SELF in e.patterns)
+    return sorted(
+        id
+        for id, entry in atlas.entries().items()
+        if CAUSAL_SELF in entry.patterns and entry.kind == "mechanism"
+    )
 
 
 def build_mechanism(

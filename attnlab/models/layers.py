@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 import attnlab
 from attnlab.core.masks import Mask
 from attnlab.core.modules import RMSNorm
+from attnlab.dense.deconstructing_attention import attend_by
 
 
 def dropout(
@@ -107,14 +108,21 @@ class Block(nnx.Module):
         mask: Mask,
         cache: attnlab.KVCache | attnlab.StateCache | None = None,
         dropout_key: Key[Array, ""] | None = None,
+        source: Float[Array, "..."] | None = None,
     ) -> tuple[Float[Array, "*B T F"], attnlab.KVCache | attnlab.StateCache | None]:
-        """The block's output, and the cache with these tokens in it, if one was given."""
+        """The block's output, and the cache with these tokens in it, if one was given.
+
+        With a `source`, "*B T F" or "T F", queries and keys are made of that.
+        """
         weights_key, attention_key, mlp_key = (
             (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         )
-        attended = self.attention(
-            self.attention_norm(x), mask=mask, cache=cache, dropout_key=weights_key
-        )
+        known: dict[str, Any] = {"mask": mask, "cache": cache, "dropout_key": weights_key}
+        if source is None:
+            attended = self.attention(self.attention_norm(x), **known)
+        else:
+            made_of = self.attention_norm(source)
+            attended = attend_by(self.attention, self.attention_norm(x), made_of, **known)
         if cache is not None:
             attended, cache = attended
         x = x + dropout(attended, self.dropout_rate, attention_key)

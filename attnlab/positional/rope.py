@@ -10,33 +10,13 @@ c + H/2 instead, which is the same up to a permutation of channels (`interleaved
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from attnlab.core.attention import attention, check_inputs
 from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.modules import Mechanism
-from attnlab.core.rotary import turned
-from attnlab.core.terms import accumulator
-
-
-def rotate(
-    x: Float[Array, "*B T N H"], *, offset: Any = 0, theta: float = 10_000.0,
-    interleaved: bool = True,
-) -> Float[Array, "*B T N H"]:  # fmt: skip
-    """`x` with position t rotated by offset + t; angles are computed in float32 at least.
-
-    Raises:
-      ValueError: H is odd, or theta is not positive.
-    """
-    width = x.shape[-1]
-    if width % 2:
-        raise ValueError(f"query, key: rotations need an even head width, got {width}.")
-    if theta <= 0:
-        raise ValueError(f"theta: expected a positive number, got {theta}.")
-    frequency = theta ** (-jnp.arange(0, width, 2, dtype=accumulator(x.dtype)) / width)
-    return turned(x, frequency, offset=offset, interleaved=interleaved)
+from attnlab.core.rotary import rotate
 
 
 def rope_attention(

@@ -2,6 +2,7 @@
 
 from attnlab.training.checkpoint import CheckpointError, RunFolder
 from attnlab.training.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.training.distill import distill
 from attnlab.training.language import load_run, train_language_model
 from attnlab.training.loop import History, fit
 from attnlab.training.optimizer import make_optimizer
@@ -14,6 +15,7 @@ __all__ = [
     "RunConfig",
     "RunFolder",
     "TrainConfig",
+    "distill",
     "fit",
     "load_run",
     "make_optimizer",

@@ -9,7 +9,12 @@ import math
 import numpy as np
 
 from tests import oracles
+from tests.contract.block_formulas import FORMULAS_BLOCKS
 from tests.contract.feature_formulas import FORMULAS_FEATURES
+from tests.contract.head_sharing_formulas import FORMULAS_HEAD_SHARING
+from tests.contract.heads_low_rank_formulas import FORMULAS_HEADS_LOW_RANK
+from tests.contract.normalization_formulas import FORMULAS_NORMALIZATION
+from tests.contract.positional_formulas import FORMULAS_POSITIONAL
 from tests.contract.recurrence_formulas import FORMULAS_RECURRENCES
 
 
@@ -106,6 +111,11 @@ FORMULAS = {
     "sinusoidal": _placed(_add_waves),
     "bam": _bam,
     "bam-ssmax": _bam_ssmax,
+    **FORMULAS_BLOCKS,
     **FORMULAS_FEATURES,
+    **FORMULAS_HEAD_SHARING,
+    **FORMULAS_HEADS_LOW_RANK,
+    **FORMULAS_POSITIONAL,
+    **FORMULAS_NORMALIZATION,
     **FORMULAS_RECURRENCES,
 }

@@ -18,7 +18,9 @@ from flax import nnx
 from attnlab import masks
 from attnlab.core.entry import RECURRENCE
 from attnlab.core.kernels import BACKENDS, interpret, missing
+from attnlab.core.past import Past
 from tests import oracles
+from tests.compiled import temporaries
 from tests.contract.formulas import FORMULAS
 from tests.contract.subject import (
     BATCH,
@@ -32,6 +34,7 @@ from tests.contract.subject import (
 )
 from tests.tolerances import (
     LINEAR_GROWTH,
+    ROUNDINGS,
     as_float64,
     assert_close,
     assert_reordered,
@@ -44,8 +47,18 @@ PROPERTIES = {}
 CAUSAL = "causal self"
 
 
-def promise(words: str, *, claim: str | None = None, dtypes: tuple[str, ...] | None = None):
-    """Register a property; `claim` is what the entry must claim for it to apply."""
+def promise(
+    words: str,
+    *,
+    claim: str | None = None,
+    dtypes: tuple[str, ...] | None = None,
+    table=PROPERTIES,
+    of=subject,
+):
+    """Register a property; `claim` is what the entry must claim for it to apply.
+
+    `table` is where to, and `of` makes what the property is given.
+    """
 
     def register(function):
         name = function.__name__.replace("_", " ")
@@ -60,12 +73,12 @@ def promise(words: str, *, claim: str | None = None, dtypes: tuple[str, ...] | N
             promotion = "standard" if implementation in ("xla", "cudnn") else "strict"
             try:
                 with jax.numpy_dtype_promotion(promotion), on_this_machine(implementation):
-                    return function(subject(entry, dtype, implementation), key)
+                    return function(of(entry, dtype, implementation), key)
             except NotImplementedError as refusal:
                 return _checked_refusal(str(refusal), implementation)
 
         prop.words = words
-        PROPERTIES[name] = prop
+        table[name] = prop
         return prop
 
     return register
@@ -222,6 +235,8 @@ def _in_float64(subject: Subject):
 
 @promise("The gradient is the slope: central differences in float64.", dtypes=("float32",))
 def gradient_vs_differences(subject: Subject, key):
+    if subject.entry.gradient != "slope":
+        return "its slope jumps within a step; compared with the formula in another promise"
     arrays, seen = draw(key), subject.example()
     rng = np.random.default_rng(seed_of(key) + 1)
     with jax.enable_x64(True):
@@ -244,6 +259,21 @@ def gradient_vs_differences(subject: Subject, key):
             np.sum(np.abs(as_float64(g) * d)) for g, d in zip(gradient, direction, strict=True)
         )
     assert abs(found - slope) <= 1e-7 * max(1.0, scale), f"gradient {found}, differences {slope}"
+    return None
+
+
+def gradient_scale(gradient, of_inputs) -> float:
+    """What the roundings in a gradient are measured by: its largest entry, or what is summed in it.
+
+    Errors add up like a random walk. A parameter that many numbers share, such as a temperature,
+    sums the roundings of all of them, however small the sum itself: one of the many that a gradient
+    is allowed, as large as the gradients of inputs are.
+    """
+    inputs = [as_float64(x) for x in of_inputs]
+    usual = np.sqrt(np.mean(np.square(np.concatenate([x.ravel() for x in inputs]))))
+    sharing = max(x.size for x in inputs) / gradient.size
+    one = usual * np.sqrt(sharing) / ROUNDINGS["bfloat16"]["gradient"]
+    return max(largest(gradient), 1e-2, one)
 
 
 @promise("The gradient is the slope of the float64 formula, for each input and each parameter.")
@@ -254,11 +284,14 @@ def gradient_vs_float64(subject: Subject, key):
     _, _, gradient = subject.gradients(arrays, seen, read)
     names = [*subject.params, "query", "key", "value"]
     exact = [*subject.params.values(), *map(as_float64, subject.cast(arrays))]
+    said = _said(subject, seen)
+    if subject.entry.gradient == "straight-through":
+        said["around"] = exact[-3:]  # signs are of these; what moves is the surrogate
 
     def loss(*moved):
         params = dict(zip(names[:-3], moved[:-3], strict=True))
         formula = FORMULAS[subject.entry.id]
-        return np.sum(np.cos(formula(params, *moved[-3:], **_said(subject, seen))) * read)
+        return np.sum(np.cos(formula(params, *moved[-3:], **said)) * read)
 
     found = jax.tree.leaves(gradient)
     assert [np.shape(g) for g in found] == [np.shape(x) for x in exact]
@@ -267,8 +300,7 @@ def gradient_vs_float64(subject: Subject, key):
             direction = [np.zeros(np.shape(x)) for x in exact]
             direction[index] = rng.standard_normal(ours.shape)
             slope = oracles.directional(loss, exact, direction)
-            # An error of some roundings in each entry adds up like a random walk.
-            scale = max(largest(ours), 1e-2) * np.linalg.norm(direction[index])
+            scale = gradient_scale(ours, gradient[1:]) * np.linalg.norm(direction[index])
             along = np.sum(ours * direction[index])
             assert_close(along, slope, subject.dtype, "gradient", scale=scale, words=f"d {name}")
     for ours, given in zip(gradient[1:], subject.cast(arrays), strict=True):
@@ -363,11 +395,17 @@ def padding_changes_nothing(subject: Subject, key):
 def permutation_of_keys(subject: Subject, key):
     query, key_, value = draw(key)
     order = np.random.default_rng(seed_of(key)).permutation(LENGTH)
-    permuted = subject.with_mask((query, key_[:, order], value[:, order]))
-    assert_reordered(permuted, as_float64(subject.with_mask((query, key_, value))), subject.dtype)
-    permuted = subject.with_mask((query[:, order], key_, value))
-    plain = as_float64(subject.with_mask((query, key_, value)))[:, order]
+    plain = as_float64(subject.with_mask((query, key_, value)))
+
+    def run(*arrays, orders):
+        return jax.jit(lambda *x: subject.call(subject.state, *x, orders=orders))(
+            *subject.cast(arrays)
+        )
+
+    permuted = run(query, key_[:, order], value[:, order], orders=(None, order))
     assert_reordered(permuted, plain, subject.dtype)
+    permuted = run(query[:, order], key_, value, orders=(order, None))
+    assert_reordered(permuted, plain[:, order], subject.dtype)
 
 
 @promise(
@@ -405,6 +443,33 @@ def grouped_heads(subject: Subject, key):
     assert_reordered(grouped, as_float64(repeated), subject.dtype)
 
 
+def _prepared(subject: Subject, *arrays):
+    """Query, key and value as a layer makes them one token at a time, from what it remembers."""
+    module, past, found = nnx.merge(*subject.parts), Past(1), []
+    steps = [[x[:, step : step + 1] for x in subject.cast(arrays)] for step in range(LENGTH)]
+    module.prepare(*steps[0], past)
+    tails = jax.tree.map(jnp.zeros_like, past.tails)  # as a layer's cache begins
+    for step, one in enumerate(steps):
+        past = Past(1, offset=step, tails=tails)
+        found.append(module.prepare(*one, past))
+        tails = past.tails
+    return [jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)]
+
+
+def _read_prepared(subject: Subject, steps, step: int, unwritten):
+    """One query of these, the keys after it unwritten."""
+    query, key_, value = steps
+    cache = (jnp.where(jnp.asarray(unwritten), jnp.nan, x) for x in (key_, value))
+    module = nnx.merge(*subject.parts)
+    written = masks.Causal() & masks.KeyPadding(jnp.asarray(step + 1))
+    out = module(
+        query[:, step : step + 1], *cache, mask=written, query_offset=step,
+        implementation=subject.implementation,
+    )  # fmt: skip
+    (x,) = subject.cast((subject.input(1, step),))
+    return module.finish(out, jnp.broadcast_to(x, (BATCH, *x.shape)))
+
+
 @promise("Decoding step by step equals reading the whole sequence at once.", claim="decode")
 def decode_equals_prefill(subject: Subject, key):
     query, key_, value = draw(key)
@@ -413,11 +478,15 @@ def decode_equals_prefill(subject: Subject, key):
             subject.state, *subject.cast((query, key_, value)), jnp.asarray(0, jnp.int32)
         )
     )
+    steps = _prepared(subject, query, key_, value) if subject.looks_back else None
     for step in (0, 1, 6, LENGTH - 1):
         unwritten = (np.arange(LENGTH) > step)[:, None, None]
-        cache = (_poison(x, unwritten, step, subject) for x in (key_, value))
-        one = subject.cast((query[:, step : step + 1], *cache))
-        out = subject.causal(subject.state, *one, jnp.asarray(step, jnp.int32))
+        if steps is not None:
+            out = _read_prepared(subject, steps, step, unwritten)
+        else:
+            cache = (_poison(x, unwritten, step, subject) for x in (key_, value))
+            one = subject.cast((query[:, step : step + 1], *cache))
+            out = subject.causal(subject.state, *one, jnp.asarray(step, jnp.int32))
         words = f"step {step}"
         assert_reordered(out[:, 0], whole[:, step], subject.dtype, words=words)
 
@@ -493,7 +562,7 @@ def memory_growth(subject: Subject, key):
     if subject.implementation in BACKENDS and missing(subject.implementation):
         return "the memory of the interpreter is not the kernel's"
 
-    def temporaries(n):
+    def memory(n):
         shapes = ((n, HEADS, WIDTH), (n, 2, WIDTH), (n, 2, WIDTH))
         arrays = [jax.ShapeDtypeStruct(s, subject.dtype) for s in shapes]
 
@@ -501,10 +570,10 @@ def memory_growth(subject: Subject, key):
             mask = masks.Causal() if CAUSAL in subject.entry.patterns else None
             return jnp.sum(subject.call(subject.state, *x, mask=mask))
 
-        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))  # the forward pass is part of it
-        return run.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+        # The forward pass is part of it.
+        return temporaries(jax.value_and_grad(loss, argnums=(0, 1, 2)), *arrays)
 
-    small, large = temporaries(1024), temporaries(4096)
+    small, large = memory(1024), memory(4096)
     assert large <= LINEAR_GROWTH * small, f"{small:,} bytes grow to {large:,}"
     full = 4096 * 4096 * HEADS * 4
     assert large < full / 4, f"{large:,} bytes; the score matrix has {full:,}"

@@ -11,7 +11,9 @@ from flax import nnx
 
 from attnlab import masks
 from attnlab.core.entry import Entry
+from attnlab.core.inputs import check_inputs
 from attnlab.core.modules import Mechanism
+from attnlab.core.past import Past
 
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 12, 4, 2, 8
 
@@ -96,10 +98,11 @@ class Subject:
     def state(self):
         return self.parts[1]
 
-    def call(self, state, query, key, value, *, start=0, **options):
+    def call(self, state, query, key, value, *, start=0, orders=(None, None), **options):
         """The mechanism itself; encodings that act on embeddings come in their function form.
 
-        Where it reads the layer's input, so does this: positions `start` to start + S of it.
+        Where it reads the layer's input, so does this: positions `start` to start + S of it for
+        keys, and those of the queries.  `orders` permutes it for queries and for keys.
         """
         module = nnx.merge(self.parts[0], state)
         options.setdefault("implementation", self.implementation)
@@ -107,17 +110,33 @@ class Subject:
             options.setdefault("chunk_size", 5)  # several chunks, none of them whole
         if type(module).embed is not Mechanism.embed:
             return self.entry.function(query, key, value, **options)
+        if self.looks_back:
+            query, key, value = check_inputs(query, key, value)
+            past = Past.of(options.get("mask"), query, key, offset=options.get("query_offset", 0))
+            query, key, value = module.prepare(query, key, value, past)
         if not self.reads_input:
             return module(query, key, value, **options)
-        x = jnp.asarray(self.input(key.shape[-3], start)).astype(query.dtype)
-        x = jnp.broadcast_to(
-            jnp.expand_dims(x, range(query.ndim - 3)), (*query.shape[:-3], *x.shape)
-        )
-        out = module(query, key, value, **module.controls(x), **options)
-        rows = x[..., : query.shape[-3], :]
-        if options.get("return_state"):
-            return module.finish(out[0], rows), out[1]
+        first = start + options.get("query_offset", 0) - options.get("key_offset", 0)
+        rows = self._input_at(query, first, orders[0])
+        key, value = module.keep(key, value, self._input_at(key, start, orders[1]))
+        out = module(query, key, value, **module.controls(rows), **options)
+        if isinstance(out, tuple):
+            return (module.finish(out[0], rows), *out[1:])
         return module.finish(out, rows)
+
+    def _input_at(self, tokens, first, order):
+        """The layer's input where these tokens are, in another order of them if there is one."""
+        shape = (1,) * (
+            3 - tokens.ndim
+        ) + tokens.shape  # a rank too small is for the call to refuse
+        length, batch = shape[-3], shape[:-3]
+        floating = jnp.issubdtype(tokens.dtype, jnp.floating)
+        wide = jnp.asarray(self.input(length + 64)).astype(
+            tokens.dtype if floating else jnp.float32
+        )
+        x = jax.lax.dynamic_slice_in_dim(wide, first, length)
+        x = x if order is None else x[order]
+        return jnp.broadcast_to(jnp.expand_dims(x, range(len(batch))), (*batch, *x.shape))
 
     def cast(self, arrays):
         return tuple(jnp.asarray(x).astype(self.dtype) for x in arrays)
@@ -170,7 +189,15 @@ class Subject:
     @property
     def reads_input(self) -> bool:
         own = self.entry.module
-        return own.controls is not Mechanism.controls or own.finish is not Mechanism.finish
+        return any(
+            getattr(own, name) is not getattr(Mechanism, name)
+            for name in ("controls", "finish", "keep")
+        )
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether queries, keys and values depend on the tokens before theirs."""
+        return self.entry.module.prepare is not Mechanism.prepare
 
     def input(self, length: int, start: int = 0):
         """The same for every batch entry, "S F"."""

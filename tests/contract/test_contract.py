@@ -7,16 +7,9 @@ from tests.contract import support
 from tests.contract.formulas import FORMULAS
 from tests.contract.properties import PROPERTIES
 
-ENTRIES = atlas.entries()
-SUBJECTS = [
-    pytest.param(entry, implementation, dtype, id=f"{id}-{implementation}-{dtype}")
-    for id, entry in ENTRIES.items()
-    for implementation, dtype in support.runs(entry)
-]
-
 
 @pytest.mark.parametrize("name", PROPERTIES)
-@pytest.mark.parametrize(("entry", "implementation", "dtype"), SUBJECTS)
+@pytest.mark.parametrize(("entry", "implementation", "dtype"), support.subjects("mechanism"))
 def test_promise(entry, implementation, dtype, name, record_property, request):
     if name == "bad input raises":
         request.getfixturevalue("as_users_run_it")
@@ -28,7 +21,7 @@ def test_promise(entry, implementation, dtype, name, record_property, request):
 
 
 def test_every_entry_has_an_independent_formula():
-    assert set(FORMULAS) == set(ENTRIES)
+    assert set(FORMULAS) == set(atlas.entries())
 
 
 def test_every_claim_is_tested():

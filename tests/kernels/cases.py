@@ -603,6 +603,7 @@ def calls(backend: Backend) -> dict[str, Call]:
         "segments with a table": with_terms(
             both(simple("segments"), simple("causal")), "t5 both ways", offsets=(12, 0)
         ),
+        "causal by places, padded": with_terms(both(simple("causal by"), simple("padding", 3))),
         "padding, temperature of queries, cap": with_terms(
             simple("padding", 3), "temperature of a query", "soft cap", magnitude=3.0
         ),

@@ -7,6 +7,7 @@ import pytest
 
 from attnlab import masks
 from attnlab.linear.efficient_attention_linear import EfficientAttention, efficient_attention
+from tests.compiled import temporaries
 from tests.tolerances import LINEAR_GROWTH, as_float64, assert_close, assert_reordered
 
 
@@ -64,11 +65,10 @@ def test_both_associations_and_a_distribution_of_low_rank(rng):
 
 
 def test_memory_grows_with_the_length_alone():
-    def temporaries(n):
-        arrays = [jax.ShapeDtypeStruct((n, 2, 16), jnp.float32)] * 3
-        return jax.jit(efficient_attention).lower(*arrays).compile().memory_analysis()
+    def arrays(n):
+        return [jax.ShapeDtypeStruct((n, 2, 16), jnp.float32)] * 3
 
-    small, large = (temporaries(n).temp_size_in_bytes for n in (1024, 4096))
+    small, large = (temporaries(efficient_attention, *arrays(n)) for n in (1024, 4096))
     assert large <= LINEAR_GROWTH * small
     assert large < 4096 * 4096
 

@@ -7,6 +7,7 @@ import pytest
 
 from attnlab import masks
 from attnlab.linear.fast_factorizable import Fastmax, fastmax_attention, taylor_features
+from tests.compiled import temporaries
 from tests.tolerances import LINEAR_GROWTH, as_float64, assert_close, assert_reordered
 
 
@@ -85,12 +86,11 @@ def test_padding_does_not_count_as_the_longest(rng):
 
 
 def test_memory_grows_with_the_length_alone():
-    def temporaries(n):
+    def memory(n):
         arrays = [jax.ShapeDtypeStruct((n, 1, 8), jnp.float32)] * 3
-        run = jax.jit(lambda *x: fastmax_attention(*x, mask=masks.Causal()))
-        return run.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+        return temporaries(lambda *x: fastmax_attention(*x, mask=masks.Causal()), *arrays)
 
-    small, large = temporaries(1024), temporaries(4096)
+    small, large = memory(1024), memory(4096)
     assert large <= LINEAR_GROWTH * small
     assert large < 4096 * 4096
 

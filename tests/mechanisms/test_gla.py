@@ -12,7 +12,7 @@ from attnlab.core.recurrence import FORMS
 from attnlab.linear.gla import GLA, gated_linear_attention
 from attnlab.linear.retnet import retention, retention_decay
 from tests.recurrences import recurrence
-from tests.tolerances import as_float64, assert_close, assert_reordered
+from tests.tolerances import as_float64, assert_close, assert_reordered, largest
 
 
 def numbers(rng, length, heads=2, width=4):
@@ -71,7 +71,10 @@ def test_strong_decays_are_finite_and_right(rng):
         for form, ((_, out), slope) in found.items():
             assert_close(out, exact, np.float32, words=f"{name}, {form}")
             for ours, theirs in zip(slope, found["recurrent"][1], strict=True):
-                assert_close(ours, theirs, np.float32, "gradient", words=f"{name}, {form}")
+                both = 2 * max(1.0, largest(theirs))  # either may err
+                assert_close(
+                    ours, theirs, np.float32, "gradient", scale=both, words=f"{name}, {form}"
+                )
 
 
 def test_a_long_sequence_stays_finite(rng):

@@ -7,6 +7,7 @@ import pytest
 
 from attnlab.dense.memory_efficient_attention import MemoryEfficient, memory_efficient_attention
 from tests import oracles
+from tests.compiled import temporaries
 from tests.core import draw
 from tests.tolerances import LINEAR_GROWTH, as_float64, assert_close, largest
 
@@ -47,24 +48,21 @@ def test_the_memory_of_the_paper():
     n = 16384
     shape = jax.ShapeDtypeStruct((n, 1, 64), jnp.float32)
 
-    def temporaries(run, differentiate):
+    def memory(run, differentiate):
         if differentiate:
             run = jax.grad(lambda *x, f=run: jnp.sum(f(*x)), argnums=(0, 1, 2))
-        compiled = jax.jit(run).lower(shape, shape, shape).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return temporaries(run, shape, shape, shape)
 
     for differentiate, times in ((False, 59), (True, 32)):
-        full = temporaries(jax.nn.dot_product_attention, differentiate)
-        ours = temporaries(MemoryEfficient(), differentiate)
+        full = memory(jax.nn.dot_product_attention, differentiate)
+        ours = memory(MemoryEfficient(), differentiate)
         assert full >= times * ours, f"{full:,} bytes against {ours:,}: {full / ours:.0f} times"
 
 
 def test_from_n_to_four_n_memory_grows_by_four_and_the_naive_one_by_sixteen():
-    def temporaries(run, n):
+    def memory(run, n):
         shape = jax.ShapeDtypeStruct((n, 1, 8), jnp.float32)
-        return (
-            jax.jit(run).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
-        )
+        return temporaries(run, shape, shape, shape)
 
     def naive(query, key, value):
         weights = jax.nn.softmax(jnp.einsum("tnh,snh->nts", query, key), axis=-1)
@@ -75,8 +73,8 @@ def test_from_n_to_four_n_memory_grows_by_four_and_the_naive_one_by_sixteen():
 
     ours = MemoryEfficient(query_chunk_size=128, key_chunk_size=128)
     for run in (ours, slope(ours)):
-        assert temporaries(run, 4096) <= LINEAR_GROWTH * temporaries(run, 1024)
-    assert temporaries(naive, 4096) > 12 * temporaries(naive, 1024)
+        assert memory(run, 4096) <= LINEAR_GROWTH * memory(run, 1024)
+    assert memory(naive, 4096) > 12 * memory(naive, 1024)
 
 
 @pytest.mark.parametrize("name", ["query_chunk_size", "key_chunk_size"])

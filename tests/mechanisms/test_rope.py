@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.positional.rope import rope_attention, rotate
+from attnlab.core.rotary import rotate
+from attnlab.positional.rope import rope_attention
 from tests import oracles
 from tests.core import draw
 from tests.tolerances import as_float64, assert_close

@@ -1,0 +1,1 @@
+"""How heads divide the work: which speak, and what they share."""
