@@ -16,6 +16,16 @@ from theory.generalized_gaussian import mass_brackets
 from theory.partial_softmax import THEOREM as PARTIAL_SOFTMAX
 
 THEOREMS = theory.theorems()
+AT_ANY_KEY = (
+    "attention-rank",
+    "counting-gates",
+    "in-context-regression",
+    "latent-edges",
+    "momentum-induction",
+    "normalization-limits",
+    "random-feature-attention",
+    "sigmoid-regularity",
+)
 SAID_TWICE = ("soft-lookup", "softmax-posterior", "position-priors")  # quick, and drawn from a key
 
 
@@ -42,6 +52,15 @@ def test_the_theorem_holds(name, evidence):
 def test_it_fails_without_an_assumption(name, evidence):
     found = evidence(name, "counter_check")
     assert not found.holds, str(found)
+
+
+@pytest.mark.parametrize("name", AT_ANY_KEY)
+@pytest.mark.parametrize("seed", [7, 8])
+def test_it_holds_and_fails_without_an_assumption_at_any_key(name, seed):
+    found = THEOREMS[name].check(jax.random.key(seed))
+    assert found.holds, str(found)
+    broken = THEOREMS[name].counter_check(jax.random.key(seed))
+    assert not broken.holds, str(broken)
 
 
 @pytest.mark.parametrize("name", SAID_TWICE)
