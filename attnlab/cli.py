@@ -355,10 +355,16 @@ def doctor() -> None:
         _fail("; ".join(report.problems), 1)
 
 
+BENCH_OPTIONS = {"fresh": ("quality", "claims"), "only": ("quality", "claims"), "full": ("claims",)}
+
+
 @command("bench")
 def bench(
     name: Annotated[
-        str, typer.Argument(help="memory, time, window, train, flash, linear, recall, or all.")
+        str,
+        typer.Argument(
+            help="memory, time, window, train, flash, linear, recall, quality, claims, or all."
+        ),
     ] = "all",
     save: Annotated[Path | None, typer.Option(help="Folder for the tables, as JSON.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds.")] = False,
@@ -368,8 +374,18 @@ def bench(
     compile_for: Annotated[
         str | None, typer.Option(help="flash: a TPU to compile for, such as v5e; nothing runs.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="quality, claims: measure again what --save has.")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="quality, claims: rows to measure, such as bam,rope.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="claims: the papers' own sizes where they can be had.")
+    ] = False,
 ) -> None:
-    """Measure memory, time, windows, training, fused and linear attention, beside peers.
+    """Measure memory, time, windows, training, fused and linear attention, beside peers; and the
+    quality of all mechanisms under one budget, and what papers claim of theirs.
 
     Exit code 1 where a target was missed.
     """
@@ -382,9 +398,14 @@ def bench(
     options: dict[str, Any] = {"case": case, "compile_for": compile_for}
     for option, text in (("lengths", lengths), ("widths", widths)):
         options[option] = None if text is None else _numbers(option, text)
+    options |= {"fresh": fresh or None, "full": full or None}
+    options["only"] = None if only is None else tuple(only.split(","))
     options = {option: value for option, value in options.items() if value is not None}
-    if options and name != "flash":
-        raise ValueError(f"--{next(iter(options)).replace('_', '-')}: is for bench flash only.")
+    for option in options:
+        users = BENCH_OPTIONS.get(option, ("flash",))
+        if name not in users:
+            words = option.replace("_", "-")
+            raise ValueError(f"--{words}: is for bench {' and '.join(users)} only.")
     missed = []
     for each in BENCHMARKS if name == "all" else (name,):
         run = importlib.import_module(f"attnlab.bench.{each}").run

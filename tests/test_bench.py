@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from attnlab.bench import BENCHMARKS, linear, memory, recall, subjects, train, window
+from attnlab.bench import (
+    BENCHMARKS,
+    claims,
+    linear,
+    memory,
+    quality,
+    recall,
+    subjects,
+    train,
+    window,
+)
 from attnlab.bench import time as bench_time
 from attnlab.bench.__main__ import main
 from attnlab.bench.harness import (
@@ -281,6 +291,8 @@ def small(monkeypatch):
     monkeypatch.setattr(linear, "QUICK", (64, 128))
     monkeypatch.setattr(recall, "QUICK", 3)
     monkeypatch.setattr(recall, "mechanisms", lambda: ["retnet", "deltanet"])
+    monkeypatch.setattr(quality, "SOME", ("rope", "linformer"))
+    monkeypatch.setattr(claims, "CLAIMS", {"energy-leak": claims.CLAIMS["energy-leak"]})
 
 
 def no_tpu():

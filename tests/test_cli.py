@@ -118,7 +118,7 @@ def test_a_mechanism_is_shown_with_its_paper_and_a_program(id):
         assert words in stdout
 
 
-@pytest.mark.parametrize("id", ["bam", "sinusoidal"])
+@pytest.mark.parametrize("id", ["bam", "mla", "sinusoidal"])
 def test_the_program_that_show_prints_runs(id):
     names = {}
     exec(display.usage(atlas.get(id)), names)
@@ -189,7 +189,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(trained,
         ("sample --checkpoint {run} --step 5", "no checkpoint of step 5; it has 3, 6"),
         (
             "bench speed",
-            "'speed' is none of memory, time, window, train, flash, linear, recall, all",
+            "'speed' is none of memory, time, window, train, flash, linear, recall, quality",
         ),
     ],
 )
@@ -263,8 +263,8 @@ def test_benchmarks_are_run_by_name_and_missed_targets_are_told(monkeypatch, tmp
     asked = []
 
     def module(name):
-        def run(save, quick):
-            asked.append((name, save, quick))
+        def run(save, quick, **options):
+            asked.append((name, save, quick, *options.items()))
             return types.SimpleNamespace(passed=name != "attnlab.bench.window")
 
         return types.SimpleNamespace(run=run)
@@ -277,6 +277,16 @@ def test_benchmarks_are_run_by_name_and_missed_targets_are_told(monkeypatch, tmp
     assert [name for name, *_ in asked] == [f"attnlab.bench.{name}" for name in bench.BENCHMARKS]
     assert "--compile-for: is for bench flash" in one_line_error("bench memory --compile-for v4")
     assert "--widths: expected numbers like" in one_line_error("bench flash --widths 64,x")
+    del asked[:]
+    run("bench quality --fresh --only bam,rope")
+    run("bench claims --full")
+    assert asked == [
+        ("attnlab.bench.quality", None, False, ("fresh", True), ("only", ("bam", "rope"))),
+        ("attnlab.bench.claims", None, False, ("full", True)),
+    ]
+    for line in ("bench --fresh", "bench memory --only bam", "bench flash --only bam"):
+        assert "is for bench quality and claims only" in one_line_error(line)
+    assert "--full: is for bench claims only" in one_line_error("bench quality --full")
 
 
 def test_the_book_is_built_in_a_checkout_and_else_its_address_is_told(monkeypatch, tmp_path):

@@ -1,8 +1,10 @@
-"""Measuring: memory, time, windows, training, fused and linear attention, beside peers.
+"""Measuring: memory, time, windows, training, fused and linear attention, beside peers; and what
+mechanisms learn.
 
     attnlab bench memory        python -m attnlab.bench memory [--quick] [--save FOLDER]
 
 Every module has `run(save=None, quick=False)`, which prints a table and returns a `Result`.
+`quality` and `claims` take hours in full and go on where they were cut off: see `kept`.
 """
 
-BENCHMARKS = ("memory", "time", "window", "train", "flash", "linear", "recall")
+BENCHMARKS = ("memory", "time", "window", "train", "flash", "linear", "recall", "quality", "claims")

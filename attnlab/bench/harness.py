@@ -198,7 +198,9 @@ class Result:
             file = file / f"{self.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, default=_as_plain)
-        file.write_text(text + "\n", "utf-8")
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(text + "\n", "utf-8")
+        os.replace(unfinished, file)  # whoever is cut off here leaves the last record whole
         return file
 
 

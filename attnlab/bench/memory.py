@@ -72,7 +72,7 @@ def counted(compiled: Any, device: Any = "this device") -> int:
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise NotImplementedError(f"{device}: its compiler does not tell how much memory it takes.")
+        raise NotImplementedError("this compiler does not tell how much memory a program takes.")
     return int(analysis.temp_size_in_bytes)
 
 
