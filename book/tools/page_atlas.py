@@ -18,7 +18,8 @@ def pages(rows: page_support.Rows) -> dict[str, str]:
     entries = list(atlas.entries().values())
     if not entries:
         return {"atlas/index.md": EMPTY}
-    made = {f"atlas/{entry.id}.md": mechanism(entry, rows) for entry in entries}
+    shown: set[str] = set()
+    made = {f"atlas/{entry.id}.md": mechanism(entry, rows, shown) for entry in entries}
     return {"atlas/index.md": index(entries)} | made
 
 
@@ -85,10 +86,8 @@ def patterns(entry) -> str:
     return "".join(lines)
 
 
-def mechanism(entry, rows: page_support.Rows) -> str:
-    """The page of one mechanism."""
-    function = f"{entry.function.__module__}.{entry.function.__qualname__}"
-    module = f"{entry.module.__module__}.{entry.module.__qualname__}"
+def mechanism(entry, rows: page_support.Rows, shown: set[str]) -> str:
+    """The page of one mechanism; `shown` names what earlier pages have documented."""
     own = [row for row in rows if row["entry"] == entry.id]
     found = f"\n## What the contract found\n\n{page_support.matrix(own)}\n" if own else ""
     return f"""# {entry.title}
@@ -108,12 +107,20 @@ $$
 ```
 
 ```{{eval-rst}}
-.. autofunction:: {function}
+{documented("autofunction", entry.function, shown)}
 
-.. autoclass:: {module}
-   :members: __call__, embed
+{documented("autoclass", entry.module, shown)}
+   :members: {"__call__, embed" if entry.kind == "mechanism" else "__call__"}
 ```
 {found}"""
+
+
+def documented(directive: str, thing, shown: set[str]) -> str:
+    """A directive; what two entries share is indexed where it is met first."""
+    name = f"{thing.__module__}.{thing.__qualname__}"
+    again = name in shown
+    shown.add(name)
+    return f".. {directive}:: {name}" + ("\n   :no-index:" if again else "")
 
 
 def facts(entry) -> str:
@@ -141,9 +148,13 @@ def facts(entry) -> str:
 def example(entry) -> str:
     """The few lines that use it, the same for every entry."""
     mask = ", mask=attnlab.masks.Causal()" if "causal self" in entry.patterns else ""
+    built = f'attnlab.atlas.get("{entry.id}").build(num_heads=8, head_width=64, rngs=nnx.Rngs(0))'
+    made = f"layer = {built}"
+    if entry.kind == "mechanism":
+        made = f"""mechanism = {built}
+layer = attnlab.MultiHeadAttention(512, 8, mechanism=mechanism, rngs=nnx.Rngs(0))"""
     return f"""import attnlab
 from flax import nnx
 
-mechanism = attnlab.atlas.get("{entry.id}").build(num_heads=8, head_width=64, rngs=nnx.Rngs(0))
-layer = attnlab.MultiHeadAttention(512, 8, mechanism=mechanism, rngs=nnx.Rngs(0))
+{made}
 y = layer(x{mask})  # x: (batch, length, 512)"""

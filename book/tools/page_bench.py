@@ -22,7 +22,8 @@ HEAD = """# What it costs
 
 Measured by `attnlab bench`, printed above the table on which machine, and kept as it came out; a
 table whose title says "compiled for" was counted by a compiler, and nothing in it was timed.
-Run the same command to have the numbers of your own machine.
+`quality` trains every mechanism under one budget, `claims` tries small what papers found; both go
+on where they were cut off.  Run the same command to have the numbers of your own machine.
 
 """
 
