@@ -7,8 +7,8 @@
 A claim is tried with several seeds and holds here if each of them agrees.  Models of two layers
 that learn for a minute can refute nothing that was said of large ones, and confirm little: what is
 told is whether the effect shows at this size.  The claims on text are in `claims_text`, those on
-synthetic tasks in `claims_tasks`; all together take about an hour on two quiet cores, with `--full`
-days, or an accelerator.
+synthetic tasks in `claims_tasks`; all together take about half an hour on two quiet cores, with
+`--full` days, or an accelerator.
 """
 
 import dataclasses

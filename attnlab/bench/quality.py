@@ -11,8 +11,8 @@ as many parameters as the reference's, within 2 %; an entry that no width brings
 Time is that of one step, taken in turn with the reference's; memory is what the compiler counts as
 temporaries of the step.  Mechanisms are as their atlas entries build them, with one learning rate
 and few steps, which suits some better than others: those marked "no positions" are told the order
-by the mask alone, where their papers may have added an encoding.  Fifty entries take about 90
-minutes on two quiet cores.
+by the mask alone, where their papers may have added an encoding.  All entries take about half an
+hour on two quiet cores.
 """
 
 import dataclasses
