@@ -24,6 +24,7 @@ from attnlab.core.recurrence import (
     resets,
     state_dtype,
 )
+from attnlab.core.refusals import refuse, refuse_dropout
 
 
 def linear_attention(
@@ -68,7 +69,7 @@ def linear_attention(
       NotImplementedError: a mask that the implementation cannot take, by name of one that can;
         dropout of weights.
     """
-    _refuse(refused)
+    refuse_softmax(refused)
     query, key, value = check_inputs(query, key, value, empty=True)
     check_implementation(implementation)
     mask = Full() if mask is None else as_mask(mask)
@@ -108,31 +109,24 @@ def linear_attention(
     return (out, state) if return_state else out
 
 
-def _refuse(options: dict[str, Any]) -> None:
-    """Options that the front door has and linear attention has not."""
-    rate = options.pop("dropout_rate", 0.0)
-    if not isinstance(rate, float | int) or not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate: expected a number in [0, 1), got {rate!r}.")
-    if rate and options.get("dropout_key") is None:
-        raise ValueError(f"dropout_key: dropout_rate={rate} needs a JAX random key, got None.")
-    options.pop("dropout_key", None)
-    if rate:
-        raise NotImplementedError(
-            "dropout_rate: a state has no weights to drop; drop the inputs or outputs instead, or "
-            "use attnlab.attention."
-        )
-    given = [
-        name for name, x in options.items() if x is not None and x is not False and not _empty(x)
-    ]
-    if given:
-        raise ValueError(
-            f"{given[0]}: linear attention has no such option; expected mask, query_offset, "
-            "key_offset, initial_state, return_state, implementation or chunk_size."
-        )
+def refuse_softmax(options: dict[str, Any]) -> None:
+    """Refuse what the front door takes and linear attention does not.
 
-
-def _empty(x: Any) -> bool:
-    return isinstance(x, tuple) and not x
+    Raises:
+      ValueError: an option that means nothing here.
+      NotImplementedError: dropout of weights.
+    """
+    options = refuse_dropout(
+        options,
+        "a state has no weights to drop; drop the inputs or outputs instead, or use "
+        "attnlab.attention",
+    )
+    refuse(
+        options,
+        "linear attention has no such option, only mask, query_offset, key_offset, initial_state, "
+        "return_state, implementation and chunk_size",
+        *options,
+    )
 
 
 def _kept(x: Any, real: Any) -> Any:

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from attnlab.core.decay_tree import product
 from attnlab.core.linear_attention import (
-    _refuse,
     linear_attention,
     real_inputs,
+    refuse_softmax,
     repeat_heads,
 )
 from attnlab.core.mask_layout import layout
@@ -164,7 +164,7 @@ def _check_pairs(mask: Mask, stateful: bool, options: dict[str, Any]) -> None:
     """Options of a call whose mask picks pairs."""
     implementation = options.pop("implementation", "auto")
     taken = ("mask", "query_offset", "key_offset", "chunk_size")
-    _refuse({name: x for name, x in options.items() if name not in taken})
+    refuse_softmax({name: x for name, x in options.items() if name not in taken})
     check_implementation(implementation)
     if implementation not in ("auto", "parallel") or stateful:
         raise NotImplementedError(

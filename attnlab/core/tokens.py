@@ -6,7 +6,6 @@ whatever it meets.  So what is not finite stays in the key, and what is made of 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -45,16 +44,3 @@ def to_queries(x: Float[Array, "*B T N"]) -> Float[Array, "*B N T"]:
 def to_keys(x: Float[Array, "*B S K"], num_heads: int) -> Float[Array, "*B N S"]:
     """Numbers of keys as a modifier holds them, one to a query head."""
     return jnp.swapaxes(repeat_heads(x[..., None], num_heads)[..., 0], -1, -2)
-
-
-def refuse(options: dict[str, Any], words: str, *names: str) -> dict[str, Any]:
-    """`options` without `names`, which have no meaning for a mechanism.
-
-    Raises:
-      ValueError: one of them is given; `words` say why it may not be.
-    """
-    for name in names:
-        given = options.get(name)
-        if given is not None and given is not False:
-            raise ValueError(f"{name}: {words}, got {given!r}.")
-    return {name: value for name, value in options.items() if name not in names}

@@ -36,8 +36,9 @@ from attnlab.core.masks import SlidingWindow, as_mask
 from attnlab.core.modules import Mechanism, MultiHeadAttention
 from attnlab.core.normalizers import TaylorSoftmax
 from attnlab.core.reference import zero_bad
+from attnlab.core.refusals import refuse
 from attnlab.core.scores import Bias, after
-from attnlab.core.tokens import blank, marked, refuse
+from attnlab.core.tokens import blank, marked
 
 FORMS = ("softmax", "taylor", "gate")
 

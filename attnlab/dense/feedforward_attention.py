@@ -31,6 +31,7 @@ from attnlab.core.mask_layout import Layout, layout
 from attnlab.core.masks import Full, as_mask
 from attnlab.core.modules import Mechanism
 from attnlab.core.networks import Net, Network
+from attnlab.core.refusals import refuse, refuse_dropout
 
 
 def feedforward_attention(
@@ -154,16 +155,9 @@ def _seen(known: Layout, out: Array) -> Bool[Array, "..."]:
 
 def _refuse(options: dict[str, Any]) -> None:
     """Options of attention that have no meaning for a network."""
-    rate, asked = options.pop("dropout_rate", 0.0), options.pop("implementation", "auto")
-    if not isinstance(rate, float | int) or not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate: expected a number in [0, 1), got {rate!r}.")
-    if rate and options.get("dropout_key") is None:
-        raise ValueError(f"dropout_key: dropout_rate={rate} needs a JAX random key, got None.")
-    options.pop("dropout_key", None)
-    if rate:
-        raise NotImplementedError(
-            "dropout_rate: a network has no attention weights to drop; attnlab.attention has."
-        )
+    words = "a network has no attention weights to drop; attnlab.attention has"
+    options = refuse_dropout(options, words)
+    asked = options.pop("implementation", "auto")
     if asked not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
             f'implementation: expected "auto" or "reference", the network itself, got {asked!r}.'
@@ -172,9 +166,7 @@ def _refuse(options: dict[str, Any]) -> None:
         raise NotImplementedError(
             f'implementation: "{asked}" attends, and here is a network; "reference" runs it.'
         )
-    for name, given in options.items():
-        if given is not None and given is not False and given != ():
-            raise ValueError(f"{name}: a network has no scores or weights, got {given!r}.")
+    refuse(options, "a network has no scores or weights", *options)
 
 
 def _check_sizes(**sizes: int) -> None:

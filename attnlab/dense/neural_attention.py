@@ -27,8 +27,9 @@ from attnlab.core.gates import widened
 from attnlab.core.linear_attention import repeat_heads
 from attnlab.core.modules import Mechanism
 from attnlab.core.reference import zero_bad
+from attnlab.core.refusals import refuse
 from attnlab.core.scores import PairNetwork, after
-from attnlab.core.tokens import blank, refuse
+from attnlab.core.tokens import blank
 
 
 class Affine(NamedTuple):

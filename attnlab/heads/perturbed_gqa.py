@@ -26,9 +26,9 @@ from attnlab.core.attention import attention
 from attnlab.core.dropout import key_words, pair_bits
 from attnlab.core.modules import Mechanism
 from attnlab.core.normalizers import Normalizer
+from attnlab.core.refusals import refuse
 from attnlab.core.scores import RowModifier, as_modifiers
 from attnlab.core.terms import ArrayLeaf, At, leaf
-from attnlab.core.tokens import refuse
 
 
 class PerturbedRows(RowModifier):

@@ -33,6 +33,7 @@ from attnlab.core.linear_attention import linear_attention, real_inputs, repeat_
 from attnlab.core.mask_layout import Layout, layout
 from attnlab.core.masks import Segments, as_mask
 from attnlab.core.modules import Mechanism
+from attnlab.core.refusals import refuse
 
 
 def segment_first_order(
@@ -142,9 +143,8 @@ def _both_ways(query: Array, key: Array, mask: Any, at: Any, options: Any) -> La
             f"key: length {key.shape[-3]} differs from that of query, {query.shape[-3]}; a pass in "
             "both directions reads and writes at every token."
         )
-    for name in ("initial_state", "return_state"):
-        if options.get(name) is not None and options.get(name) is not False:
-            raise ValueError(f"{name}: a sequence read in both directions has no state to go on.")
+    words = "a sequence read in both directions has no state to go on"
+    refuse(options, words, "initial_state", "return_state")
     if mask is None:
         return Layout()
     known = layout(as_mask(mask), (query.shape[-3], key.shape[-3]), tuple(at.values()))

@@ -39,6 +39,7 @@ from attnlab.core.mask_layout import Layout, layout
 from attnlab.core.masks import Causal, Segments, as_mask
 from attnlab.core.modules import Mechanism, RMSNorm
 from attnlab.core.recurrence import resets
+from attnlab.core.refusals import refuse
 from attnlab.core.scores import after
 from attnlab.core.typed_blocks import Factor, OwnOrChosen, in_blocks, through_blocks
 
@@ -86,7 +87,9 @@ def nats_linear_attention(
     """
     at = {"query_offset": query_offset, "key_offset": key_offset}
     query, key, value = real_inputs(query, key, value, {"mask": mask} | at)
-    known = _taken_apart(query, key, mask, tuple(at.values()), options)
+    known = _taken_apart(query, key, mask, tuple(at.values()))
+    words = "there is none of two reads that see different tokens"
+    options = refuse(options, words, "initial_state", "return_state", "return_lse")
     *batch, length, heads, _ = query.shape
     key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     wide = widened(query)[0].dtype
@@ -109,18 +112,12 @@ def nats_linear_attention(
     return tuple(jnp.where(kept, x, jnp.zeros((), x.dtype)) for x in outputs)  # type: ignore
 
 
-def _taken_apart(
-    query: Array, key: Array, mask: Any, offsets: tuple[Any, Any], options: dict[str, Any]
-) -> Layout:
+def _taken_apart(query: Array, key: Array, mask: Any, offsets: tuple[Any, Any]) -> Layout:
     if query.shape[-3] != key.shape[-3]:
         raise ValueError(
             f"key: length {key.shape[-3]} differs from that of query, {query.shape[-3]}; blocks "
             "are typed as a whole sequence is read."
         )
-    for name in ("initial_state", "return_state", "return_lse"):
-        given = options.pop(name, None)
-        if given is not None and given is not False:
-            raise ValueError(f"{name}: there is none of two reads that see different tokens.")
     if mask is None:
         return Layout()
     known = layout(as_mask(mask), (query.shape[-3], key.shape[-3]), offsets)

@@ -37,8 +37,8 @@ from attnlab.core.neighbours import convolved
 from attnlab.core.partial import block_weights
 from attnlab.core.past import Past
 from attnlab.core.reference import Call, grouped_matmul, heads_first
+from attnlab.core.refusals import refuse
 from attnlab.core.scores import as_modifiers
-from attnlab.core.tokens import refuse
 
 
 def multi_token_attention(

@@ -24,9 +24,10 @@ from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.modules import Mechanism
 from attnlab.core.normalizers import SoftplusL1, log_softplus
 from attnlab.core.reference import zero_bad
+from attnlab.core.refusals import refuse
 from attnlab.core.scores import PairScale, ScoreModifier, after
 from attnlab.core.terms import ArrayLeaf, At, accumulator, leaf, static
-from attnlab.core.tokens import refuse, to_keys, to_queries
+from attnlab.core.tokens import to_keys, to_queries
 
 POWER = 15.0
 FEW = 3  # rows that see no more keys keep all of them

@@ -10,7 +10,7 @@ from attnlab.core.attention import log_num_visible, mean_visible
 from attnlab.core.mask_layout import without_causal
 from attnlab.core.normalizers import TaylorSoftmax
 from attnlab.core.terms import Tile, axes_of, restrict
-from attnlab.core.tokens import blank, marked, per_token, refuse, to_keys
+from attnlab.core.tokens import blank, marked, per_token, to_keys
 from tests.tolerances import as_float64, assert_close, assert_reordered
 
 BATCH, QUERIES, KEYS, HEADS = 2, 5, 7, 4
@@ -120,11 +120,3 @@ def test_what_is_not_finite_stays_in_its_token(rng):
     np.testing.assert_array_equal(np.isnan(blank(bad)[..., 0]), lost)
     assert not np.any(np.isfinite(marked(x, bad[..., 0])[2]))
     np.testing.assert_array_equal(to_keys(x[..., 0], 4)[:, 3], [x[3, 0, 0]] * 2 + [x[3, 1, 0]] * 2)
-
-
-def test_options_without_meaning_are_refused_by_name():
-    assert refuse({"scale": None, "mask": 3, "return_lse": False}, "no", "scale", "return_lse") == {
-        "mask": 3
-    }
-    with pytest.raises(ValueError, match=r"scale: has its own, got 0\.5"):
-        refuse({"scale": 0.5}, "has its own", "scale")
