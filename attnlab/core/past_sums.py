@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from attnlab.core.documents import document_ends
 from attnlab.core.linear_attention import _same
-from attnlab.core.peaks import document_ends
 
 
 def past_sums(

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from attnlab.core.documents import document_ends
+
 LOWEST = -1e30  # a maximum over no keys; finite, so that differences are numbers
 
 
@@ -62,14 +64,6 @@ def whole(key: Float[Array, "*B S K X"], start: Bool[Array, "*B S"] | None) -> P
     end = document_ends(start)[..., None, None]
     peak, total = (jnp.take_along_axis(x, end, axis) for x in (past.peak, past.total))
     return Past(exponentials(key, peak), peak, total, None)
-
-
-def document_ends(start: Bool[Array, "*B S"]) -> Array:
-    """The last position of each position's document, "*B S"."""
-    place = jnp.broadcast_to(jnp.arange(start.shape[-1], dtype=jnp.int32), start.shape)
-    last = jnp.roll(start, -1, -1).at[..., -1].set(True)
-    place = jnp.where(last, place, start.shape[-1] - 1)
-    return jax.lax.cummin(place, axis=place.ndim - 1, reverse=True)
 
 
 def exponentials(key: Array, peak: Array) -> Array:

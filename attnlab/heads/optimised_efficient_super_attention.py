@@ -20,13 +20,13 @@ anew at every step.  Keys and values are cached both, though efficient has them 
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from attnlab.core.attention import attention
 from attnlab.core.decay_tree import product
+from attnlab.core.documents import place_in_document
 from attnlab.core.entry import Entry, Paper
 from attnlab.core.linear_attention import real_inputs
 from attnlab.core.mask_layout import Layout, layout
@@ -93,17 +93,6 @@ def _mixed(value: Array, mixing: Array, known: Layout, offset: Any) -> Array:
     weights = jnp.where(allowed, mixing.astype(dtype)[rows, columns], jnp.zeros((), dtype))
     formula = "ts,...skd->...tkd" if weights.ndim == 2 else "...ts,...skd->...tkd"
     return product(formula, weights, value.astype(dtype)).astype(value.dtype)
-
-
-def place_in_document(ids: Int[Array, "*B T"]) -> Int[Array, "*B T"]:
-    """How many tokens of a token's document come before it; documents are contiguous."""
-    count = jnp.arange(ids.shape[-1], dtype=jnp.int32)
-    changes = jnp.concatenate(
-        [jnp.zeros_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1
-    )
-    count = jnp.broadcast_to(count, ids.shape)
-    first = jnp.where(changes, count, 0)
-    return count - jax.lax.cummax(first, axis=first.ndim - 1)
 
 
 class SlicedAttention(Mechanism):

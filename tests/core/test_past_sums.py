@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from attnlab.core.past_sums import at_queries, past_sums
-from attnlab.core.peaks import document_ends
 from tests.tolerances import as_float64, assert_close
 
 START = np.array([[0, 0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 1]], bool)
@@ -54,9 +53,3 @@ def test_queries_find_the_sum_where_they_stand():
         np.testing.assert_array_equal(found, expected)
         traced = tuple(jnp.asarray(x, jnp.int32) for x in offsets)
         np.testing.assert_array_equal(at_queries(sums, (3, 5), traced)[:, 0, 0], expected)
-
-
-def test_document_ends():
-    for row, ends in zip(START, document_ends(jnp.asarray(START)), strict=True):
-        expected = [max(members(row, t, causal=False)) for t in range(7)]
-        np.testing.assert_array_equal(ends, expected)
