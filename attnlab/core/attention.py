@@ -1,6 +1,8 @@
 """The front door: one function, several implementations, the same answer from each."""
 
+import contextvars
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +16,13 @@ from attnlab.core.kernels import BACKENDS, kernel_attention
 from attnlab.core.library import library_attention, without_gradient
 from attnlab.core.masks import Blocks, Causal, Full, Mask, as_mask
 from attnlab.core.normalizers import Normalizer, Softmax
-from attnlab.core.reference import heads_first, join_extra, reference_attention
+from attnlab.core.reference import Call, heads_first, join_extra, reference_attention
 from attnlab.core.scores import ScoreModifier
 from attnlab.core.terms import accumulator
 from attnlab.core.tokamax import tokamax_attention
+
+# What computes a call in place of `solve`; `attnlab.distributed.over` puts a mesh here.
+spread: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("spread", default=None)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -93,37 +98,47 @@ def attention(
         query, key, value, mask, modifiers, normalizer, scale, query_offset, key_offset,
         dropout_rate, dropout_key, return_lse, implementation, block_sizes,
     )  # fmt: skip
-    if implementation == "auto":
-        implementation = choose(call, return_lse).implementation
-    limit = limits(call, implementation, return_lse, block_sizes)
-    if limit:
-        raise NotImplementedError(
-            f'implementation="{implementation}" {limit}; implementation="blockwise" can.'
-        )
-    normalizer = call.normalizer
-    extra = normalizer.log_extra()
-    lse: Any  # None from tokamax, which serves no call that needs it
-    if implementation in ("xla", "cudnn"):
-        out, lse = library_attention(call, implementation)
-        if return_lse or extra is not None:
-            lse = without_gradient(lse, call.query)
-    elif implementation == "tokamax":
-        out, lse = tokamax_attention(call)  # a call that needs its lse was refused
-    else:
-        bare = call
-        if isinstance(normalizer, Softmax) and normalizer.sink is not None:
-            # The sink is joined below; the fold need not know of it.
-            bare = call._replace(normalizer=Softmax())
-        if implementation == "blockwise":
-            out, lse = blockwise_attention(bare, block_sizes)
-        elif implementation in BACKENDS:
-            out, lse = kernel_attention(bare, implementation, block_sizes)
-        else:
-            out, lse = reference_attention(bare)
+    extra = call.normalizer.log_extra()
+    run = spread.get() or solve
+    out, lse = run(call, implementation, block_sizes, return_lse or extra is not None)
     if extra is not None:
         out, lse = join_extra(out, lse, extra)
     out = heads_first(out).astype(call.query.dtype)
     return (out, lse) if return_lse else out
+
+
+def solve(
+    call: Call, implementation: str, block_sizes: tuple[int, int] | None, with_lse: bool
+) -> tuple[Any, Any]:
+    """Output "*B N T D" and log-sum-exp "*B N T" of a call, on the devices its arrays are on.
+
+    The log-sum-exp may be None, or without a gradient, unless `with_lse`.
+    """
+    if implementation == "auto":
+        implementation = choose(call, with_lse).implementation
+    limit = limits(call, implementation, with_lse, block_sizes)
+    if limit:
+        raise NotImplementedError(
+            f'implementation="{implementation}" {limit}; implementation="blockwise" can.'
+        )
+    if implementation in ("xla", "cudnn"):
+        out, lse = library_attention(call, implementation)
+        return out, without_gradient(lse, call.query) if with_lse else lse
+    if implementation == "tokamax":
+        return tokamax_attention(call)  # a call that needs its lse was refused
+    call = without_sink(call)
+    if implementation == "blockwise":
+        return blockwise_attention(call, block_sizes)
+    if implementation in BACKENDS:
+        return kernel_attention(call, implementation, block_sizes)
+    return reference_attention(call)
+
+
+def without_sink(call: Call) -> Call:
+    """A sink is joined at the end; what computes the rest need not know of it."""
+    if isinstance(call.normalizer, Softmax) and call.normalizer.sink is not None:
+        return call._replace(normalizer=Softmax())
+    return call
 
 
 def explain(query: Any, key: Any, value: Any, **options: Any) -> Choice:

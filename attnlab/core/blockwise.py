@@ -26,21 +26,21 @@ from attnlab.core.folds import Folds
 from attnlab.core.reference import Call, dense_tile
 from attnlab.core.scores import whole_rows
 from attnlab.core.terms import axes_of
-from attnlab.core.tiles import Leaves, Signature, pad_terms, plan_tiles
+from attnlab.core.tiles import Leaves, Signature, pad_offset, pad_terms, plan_tiles
 
 # Costs in entries of the score matrix, as measured on a two-core CPU: a tile of up to _ONE_CORE
 # entries is too small to be split over cores, and visiting a tile costs as much as _VISIT entries.
 # What a fold touches at once should stay within the cache; the backward fold, with four arrays of a
 # tile's size at hand, leaves it sooner than the forward.
 _ONE_CORE, _VISIT = 2**17, 6_000
-_FORWARD = ((512, 1024), (512, 512), (256, 256), (128, 128))
-_BACKWARD = ((256, 256), (128, 128))
+FORWARD = ((512, 1024), (512, 512), (256, 256), (128, 128))
+BACKWARD = ((256, 256), (128, 128))
 _LARGEST = 2**20
 _ROWS = 2**18  # of whole rows, of which derivatives hold many arrays of this size
 
 
 def default_block_sizes(
-    call: Call, candidates: tuple[tuple[int, int], ...] = _FORWARD
+    call: Call, candidates: tuple[tuple[int, int], ...] = FORWARD
 ) -> tuple[int, int]:
     """The candidate of least estimated cost: entries visited, plus what every visit costs.
 
@@ -78,7 +78,7 @@ def blockwise_attention(
         return _row_blocks(call, _row_block(call, block_sizes))
     if block_sizes is None:
         forward_blocks = default_block_sizes(call)
-        backward_blocks = default_block_sizes(call, _BACKWARD)
+        backward_blocks = default_block_sizes(call, BACKWARD)
     else:
         rows, cols = call.lengths
         forward_blocks = (min(block_sizes[0], rows), min(block_sizes[1], cols))
@@ -108,6 +108,7 @@ def _row_blocks(call: Call, block: int) -> tuple[Array, Array]:
     call = call._replace(
         mask=pad_terms(call.mask, axes_of(call.mask), padding, 0),
         modifiers=pad_terms(call.modifiers, axes_of(call.modifiers), padding, 0),
+        query_offset=pad_offset(call.query_offset, padding),
     )
 
     @jax.checkpoint

@@ -32,19 +32,22 @@ def key_words(key: Any, name: str = "dropout_key") -> UInt32[Array, "2"]:
 
 
 def keep_mask(
-    words: UInt32[Array, "2"], rate: float, at: At, batch: tuple[int, ...]
+    words: UInt32[Array, "2"], rate: float, at: At, batch: tuple[int, ...], first: Any = 0
 ) -> Bool[Array, "*B N t s"]:
-    """True for the pairs that are kept, each with probability 1 - rate."""
-    return pair_bits(words, at, batch) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    """True for the pairs that are kept, each with probability 1 - rate.
+
+    `first`: number of the first batch entry.
+    """
+    return pair_bits(words, at, batch, first) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def pair_bits(
-    words: UInt32[Array, "2"], at: At, batch: tuple[int, ...]
+    words: UInt32[Array, "2"], at: At, batch: tuple[int, ...], first: Any = 0
 ) -> UInt32[Array, "*B N t s"]:
     """Random bits of each pair: of its batch entry, head and positions, whatever the tile."""
     rank = at.query.ndim
     number = jnp.arange(int(np.prod(batch, dtype=np.int64)), dtype=jnp.uint32)
-    number = number.reshape(*batch, 1, 1, 1)
+    number = (number + jnp.asarray(first, jnp.uint32)).reshape(*batch, 1, 1, 1)
 
     def word(x: Array) -> UInt32[Array, "..."]:
         return jnp.broadcast_to(x, x.shape).astype(jnp.uint32)

@@ -119,6 +119,22 @@ class Folds:
         cotangent: tuple[Array, Array],
     ) -> Leaves:
         """The cotangents of `x[i]` for i in `wanted`."""
+        found = self.gradients(wanted, x, aux, out, lse, cotangent)
+        return [d.astype(x[i].dtype) for d, i in zip(found, wanted, strict=True)]
+
+    def gradients(
+        self,
+        wanted: tuple[int, ...],
+        x: Leaves,
+        aux: dict[str, Any],
+        out: Array,
+        lse: Array,
+        cotangent: tuple[Array, Array],
+    ) -> Leaves:
+        """The same as they were summed, in the accumulator's dtype.
+
+        `out` and `lse` may be those of more keys than `x` holds: sums over parts add up.
+        """
         work = Work.of(self.signature, x, aux, self.signature.backward_blocks)
         dtype = work.call.accumulator
         d_out, d_lse = cotangent
@@ -159,7 +175,7 @@ class Folds:
 
         done = work.sweep(visit, start)
         done = [_turn(d, i) for d, i in zip(done, wanted, strict=True)]
-        return [_crop(d, x[i].shape).astype(x[i].dtype) for d, i in zip(done, wanted, strict=True)]
+        return [_crop(d, x[i].shape) for d, i in zip(done, wanted, strict=True)]
 
 
 def _turn(x: Array, i: int) -> Array:

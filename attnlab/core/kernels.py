@@ -197,7 +197,7 @@ class KernelFolds(Folds):
         out = problem.restore(out[0], x[2].shape[-1]).astype(problem.call.accumulator)
         return out, problem.restore(lse[0][..., None], 1)[..., 0]
 
-    def backward(
+    def gradients(
         self,
         wanted: tuple[int, ...],
         x: Leaves,
@@ -236,7 +236,7 @@ class KernelFolds(Folds):
             full[place] = reduce_leaf(d, leaves[place].shape, leaves[place].dtype)
         found = pull((d_query, d_key, d_value, full))
         found = [*found[:3], *found[3]]
-        return [found[i].astype(x[i].dtype) for i in wanted]
+        return [found[i].astype(problem.call.accumulator) for i in wanted]
 
     def _lists(self, some: Any, every: Any) -> Any:
         make = plan.make_flat if self.backend == "tpu" else plan.make_lists

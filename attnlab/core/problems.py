@@ -194,7 +194,10 @@ def _dropout_words(call: Call) -> list[Array]:
     """The two words of the dropout key of each (batch entry, head), as `keep_mask` derives them."""
     batch, heads = call.query.shape[:-3], call.query.shape[-3]
     shape = (math.prod(batch), heads)
-    number, head = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    number, head = (
+        jax.lax.broadcasted_iota(jnp.uint32, shape, axis) + jnp.asarray(first, jnp.uint32)
+        for axis, first in enumerate(call.first[:2])
+    )
     first, second = (jnp.broadcast_to(call.dropout_key[i], shape) for i in (0, 1))
     return [x.reshape(*batch, heads) for x in threefry_2x32((first, second), (number, head))]
 

@@ -20,7 +20,12 @@ from attnlab.core.terms import At, Tile, accumulator, align, axes_of, restrict
 
 
 class Call(NamedTuple):
-    """One call of attention, heads before positions: query "*B N T H", key "*B K S H"."""
+    """One call of attention, heads before positions: query "*B N T H", key "*B K S H".
+
+    What is part of a larger call says where it lies: offsets may be one number or one for each
+    query or key; `first` has the numbers of its first batch entry and head, and the positions of
+    the larger call's first query and key.
+    """
 
     query: Float[Array, "*B N T H"]
     key: Float[Array, "*B K S H"]
@@ -33,6 +38,7 @@ class Call(NamedTuple):
     dropout_key: Any
     scale: float
     dropout_rate: float
+    first: tuple[Any, ...] = (0, 0, 0, 0)
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -53,7 +59,13 @@ class Call(NamedTuple):
             self.query.ndim,
             self.query_offset,
             self.key_offset,
+            self.first,
         )
+
+    def kept(self, tile: Tile) -> Bool[Array, "*B N t s"]:
+        """The pairs of a tile that dropout keeps."""
+        batch = self.query.shape[:-3]
+        return keep_mask(self.dropout_key, self.dropout_rate, tile.at(), batch, self.first[0])
 
     def allowed(self, tile: Tile) -> Bool[Array, "..."]:
         return restrict(self.mask, axes_of(self.mask), tile).allowed(tile.at())
@@ -163,8 +175,7 @@ def dense_tile(
     else:
         weights = call.normalizer.row_weights(scores, allowed)
     if call.dropout_rate:
-        keep = keep_mask(call.dropout_key, call.dropout_rate, tile.at(), scores.shape[:-3])
-        weights = jnp.where(keep, weights / (1 - call.dropout_rate), 0)
+        weights = jnp.where(call.kept(tile), weights / (1 - call.dropout_rate), 0)
     out = grouped_matmul(weights.astype(value.dtype), value, dtype)
     return out, lse
 

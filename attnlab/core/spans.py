@@ -31,16 +31,17 @@ class Span:
         for length, block, offset in zip(lengths, block_sizes, offsets, strict=True):
             first = np.arange(0, length, block, dtype=np.int32)
             last = np.minimum(first + block, length).astype(np.int32) - 1
-            ends.append((first + offset, last + offset))
+            if np.ndim(offset):  # one for each position, in any order
+                places = _in_blocks(jnp.arange(length, dtype=jnp.int32) + offset, block)
+                ends.append((places.min(-1), places.max(-1)))
+            else:
+                ends.append((first + offset, last + offset))
         (qf, ql), (kf, kl) = ends
         return cls(qf[:, None], ql[:, None], kf[None, :], kl[None, :], lengths, block_sizes)
 
     def in_blocks(self, x: Array, axis: int) -> Array:
         """Axis 0 (queries) or 1 (keys) last in `x`, cut into blocks: "... I r" or "... J c"."""
-        block = self.block_sizes[axis]
-        short = -x.shape[-1] % block
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], mode="edge")
-        return x.reshape(*x.shape[:-1], -1, block)
+        return _in_blocks(x, self.block_sizes[axis])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,13 @@ class TilePlan:
 
     def counts(self) -> dict[str, int]:
         return {name: int(getattr(self, name).sum()) for name in ("empty", "full", "partial")}
+
+
+def _in_blocks(x: Array, block: int) -> Array:
+    """The last axis cut into blocks, its last entry repeated up to a whole one."""
+    short = -x.shape[-1] % block
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], mode="edge")
+    return x.reshape(*x.shape[:-1], -1, block)
 
 
 def same_rank(*tables: Any) -> tuple[Any, ...]:

@@ -60,7 +60,9 @@ class At:
         if table.ndim == 1:
             return table[index]
         if table.ndim == 2:
-            return table[self.head, index]
+            # By place: where heads are shared out, a table holds those that are here.
+            place = jnp.arange(self.head.size, dtype=jnp.int32).reshape(self.head.shape)
+            return table[place, index]
         shape = np.broadcast_shapes((*table.shape[:-1], 1, 1), index.shape)
         flat = jnp.broadcast_to(index, shape).reshape(*shape[:-2], -1)
         return jnp.take_along_axis(table, flat, axis=-1).reshape(shape)
@@ -70,7 +72,8 @@ class At:
 class Tile:
     """A rectangle of the score matrix: `rows` x `cols` pairs from (`row`, `col`), all heads.
 
-    `row` and `col` may be traced; the sizes are static.  `rank` is that of the scores.
+    `row` and `col` may be traced; the sizes are static.  `rank` is that of the scores.  Offsets are
+    positions less indices: a number, or one for each query or key.  `first`: see `Call`.
     """
 
     row: Any
@@ -81,20 +84,39 @@ class Tile:
     rank: int
     query_offset: Any = 0
     key_offset: Any = 0
+    first: tuple[Any, ...] = (0, 0, 0, 0)
 
     def at(self) -> At:
-        def along(size: int, axis: int) -> Int[Array, "..."]:
+        def along(places: Array, axis: int) -> Int[Array, "..."]:
             shape = [1] * self.rank
-            shape[axis] = size
-            return jnp.arange(size, dtype=jnp.int32).reshape(shape)
+            shape[axis] = places.shape[0]
+            return places.reshape(shape)
 
-        first_query = jnp.asarray(self.row + self.query_offset, jnp.int32)
-        first_key = jnp.asarray(self.col + self.key_offset, jnp.int32)
         return At(
-            along(self.rows, -2) + first_query,
-            along(self.cols, -1) + first_key,
-            along(self.heads, -3),
+            along(_places(self.row, self.rows, self.query_offset), -2),
+            along(_places(self.col, self.cols, self.key_offset), -1),
+            along(_places(0, self.heads, self.first[1]), -3),
         )
+
+    def indices(self, letter: str) -> Int[Array, "..."]:
+        """Which queries ("T") or keys ("S") of the whole call those of the tile are."""
+        start, size, offset, first = (
+            (self.row, self.rows, self.query_offset, self.first[2])
+            if letter == "T"
+            else (self.col, self.cols, self.key_offset, self.first[3])
+        )
+        if not jnp.ndim(offset):
+            return _places(start, size, 0)
+        return _places(start, size, offset) - first
+
+
+def _places(start: Any, size: int, offset: Any) -> Int[Array, "..."]:
+    """start, start + 1, ... with the offset added, which may be one for each index."""
+    if jnp.ndim(offset) and offset.shape[0] != size:
+        offset = jax.lax.dynamic_slice_in_dim(offset, start, size)
+    if jnp.ndim(offset):
+        return jnp.arange(size, dtype=jnp.int32) + jnp.asarray(start, jnp.int32) + offset
+    return jnp.arange(size, dtype=jnp.int32) + jnp.asarray(start + offset, jnp.int32)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -168,8 +190,7 @@ def slice_leaf(x: Array, tag: str, tile: Tile) -> Array:
     for letter, axis, block in sized_axes(tag, x.ndim):
         start, size = (tile.row, tile.rows) if letter == "T" else (tile.col, tile.cols)
         if block > 1:
-            place = (start + jnp.arange(size, dtype=jnp.int32)) // block
-            x = jnp.take(x, place, axis, mode="clip")
+            x = jnp.take(x, tile.indices(letter) // block, axis, mode="clip")
         elif letter in "TS" and x.shape[axis] not in (1, size):
             x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
     if "*" in tag:

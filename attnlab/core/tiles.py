@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from attnlab.core.dropout import keep_mask
 from attnlab.core.masks import Mask, Span
 from attnlab.core.normalizers import Normalizer
 from attnlab.core.partial import finite
@@ -71,7 +70,7 @@ class Signature:
     tags: tuple[str, ...]  # axes of all their leaves
     scale: float
     dropout_rate: float
-    offsets: tuple[int | None, int | None]  # None where traced
+    places: tuple[int | None, ...]  # offsets and `first`; None where traced
     forward_blocks: tuple[int, int]
     backward_blocks: tuple[int, int]
 
@@ -83,18 +82,18 @@ class Signature:
         terms = (call.modifiers, call.normalizer)
         leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, terms))
         trainable = tuple(i for i, z in enumerate(leaves) if jnp.issubdtype(z.dtype, jnp.floating))
-        offsets = (call.query_offset, call.key_offset)
+        places = (call.query_offset, call.key_offset, *call.first)
         aux = {
             "mask": jax.tree.map(jnp.asarray, call.mask),
-            "offsets": tuple(jnp.asarray(o, jnp.int32) for o in offsets),
+            "places": tuple(jnp.asarray(o, jnp.int32) for o in places),
             "dropout_key": call.dropout_key,
             "fixed": [None if i in trainable else z for i, z in enumerate(leaves)],
         }
         x = [call.query, call.key, call.value, *(leaves[i] for i in trainable)]
-        first, second = (o if isinstance(o, int) else None for o in offsets)
+        known = tuple(o if isinstance(o, int) else None for o in places)
         tags = axes_of(call.modifiers) + call.normalizer.axes()
         signature = cls(
-            tree, trainable, tags, call.scale, call.dropout_rate, (first, second), forward_blocks,
+            tree, trainable, tags, call.scale, call.dropout_rate, known, forward_blocks,
             backward_blocks,
         )  # fmt: skip
         return signature, x, aux
@@ -104,13 +103,13 @@ class Signature:
         modifiers, normalizer = jax.tree.unflatten(
             self.tree, replaced(aux["fixed"], x[3:], self.trainable)
         )
-        query_offset, key_offset = (
+        query_offset, key_offset, *first = (
             traced if known is None else known
-            for known, traced in zip(self.offsets, aux["offsets"], strict=True)
+            for known, traced in zip(self.places, aux["places"], strict=True)
         )
         return Call(
             x[0], x[1], x[2], modifiers, normalizer, aux["mask"], query_offset, key_offset,
-            aux["dropout_key"], self.scale, self.dropout_rate,
+            aux["dropout_key"], self.scale, self.dropout_rate, tuple(first),
         )  # fmt: skip
 
 
@@ -155,6 +154,8 @@ class Work:
             modifiers=terms[0],
             normalizer=terms[1],
             mask=jax.tree.map(jax.lax.stop_gradient, mask),
+            query_offset=pad_offset(call.query_offset, rows),
+            key_offset=pad_offset(call.key_offset, cols),
         )
         params = [leaves[i].astype(call.accumulator) for i in signature.trainable]
         return cls(signature, block_sizes, padded, zero_bad(key), params, tiles, lengths)
@@ -262,8 +263,7 @@ class Work:
         rate = self.signature.dropout_rate
         if not rate:
             return weights
-        keep = keep_mask(self.call.dropout_key, rate, tile.at(), weights.shape[:-3])
-        return jnp.where(keep, weights / (1 - rate), 0)
+        return jnp.where(self.call.kept(tile), weights / (1 - rate), 0)
 
     # -- visiting --------------------------------------------------------------------------------
 
@@ -333,6 +333,11 @@ def _pad(x: Array, amount: int, axis: int = -2, mode: str = "constant") -> Array
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, amount)
     return jnp.pad(x, widths, mode=mode)
+
+
+def pad_offset(offset: Any, amount: int) -> Any:
+    """An offset for `amount` more positions: a number as it is."""
+    return _pad(offset, amount, -1, "edge") if jnp.ndim(offset) else offset
 
 
 def pad_terms(terms: Any, tags: Sequence[str], rows: int, cols: int) -> Any:

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attnlab.core.dropout import keep_mask
 from attnlab.core.entry import PATTERNS, Entry, Paper
 from attnlab.core.gates import control, narrowed, widened
 from attnlab.core.inputs import DEFAULTS, prepare
@@ -89,8 +88,7 @@ def multi_token_attention(
     weights = convolved(weights, post_kernel, ids)
     weights = _mixed(jnp.where(allowed, weights, 0), post_mix)
     if call.dropout_rate:
-        keep = keep_mask(call.dropout_key, call.dropout_rate, tile.at(), weights.shape[:-3])
-        weights = jnp.where(keep, weights / (1 - call.dropout_rate), 0)
+        weights = jnp.where(call.kept(tile), weights / (1 - call.dropout_rate), 0)
     out = grouped_matmul(weights, call.value, call.accumulator)
     return narrowed(heads_first(out[..., more:, :]), dtype)
 

@@ -1,0 +1,444 @@
+"""One call of attention spread over a mesh: who holds what, and how it gets there.
+
+The sequence is cut over the devices of one or two mesh axes.  Over the axis `ring` keys and values
+travel (`attnlab.distributed.ring`); over the axis `heads` queries, keys and values are exchanged
+once, all to all, so that each device has whole sequences of some heads (Jacobs et al. 2023,
+arXiv:2309.14509); with both, each group of heads goes round a ring of its own (Fang & Zhao 2024,
+arXiv:2405.07719).  The arrays of masks, modifiers and normalizers are cut along the axes they are
+tagged with, and go where the queries, keys or heads that they belong to go.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from attnlab.core import attention as front
+from attnlab.core.blockwise import BACKWARD, default_block_sizes
+from attnlab.core.choice import availability
+from attnlab.core.derivatives import make_solver
+from attnlab.core.folds import Folds
+from attnlab.core.masks import Prefix
+from attnlab.core.reference import Call
+from attnlab.core.scores import whole_rows
+from attnlab.core.spans import Span
+from attnlab.core.terms import axes_of, sized_axes
+from attnlab.core.tiles import Signature, pad_terms
+from attnlab.distributed import layouts
+from attnlab.distributed.ring import COLUMNS, STAYS, TRAVELS, RingFolds
+
+
+@dataclasses.dataclass(frozen=True)
+class Across:
+    """A mesh, and what its axes share out.
+
+    Attributes:
+      mesh: of `jax.make_mesh`, or what describes one.
+      ring: the axis around which keys and values travel, or None.
+      heads: the axis over which heads are exchanged for positions, or None.
+      batch: the axis, or axes, over which the first batch axis is cut, or None.
+      layout: which tokens a device of the ring works on, "contiguous", "striped" or "zigzag"
+        (`attnlab.distributed.layouts`).
+      arranged: the arrays given are in that order already, and so are results; otherwise they are
+        in natural order, and two moves of what each device holds, at most, change it.
+
+    Raises:
+      ValueError: an axis that the mesh has not, the same axis twice, an unknown layout.
+    """
+
+    mesh: Mesh
+    ring: str | None = None
+    heads: str | None = None
+    batch: str | tuple[str, ...] | None = None
+    layout: str = "contiguous"
+    arranged: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh | jax.sharding.AbstractMesh):
+            raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(self.mesh).__name__}.")
+        # Around our own cuts the compiler decides, whatever the caller's mesh says of types.
+        object.__setattr__(self, "mesh", _auto(self.mesh))
+        layouts.check_layout(self.layout)
+        taken: list[str] = []
+        for argument in ("ring", "heads", "batch"):
+            for name in _names(getattr(self, argument)):
+                if name not in self.mesh.shape:
+                    raise ValueError(
+                        f"{argument}: the mesh has no axis {name!r}; its axes are "
+                        f"{dict(self.mesh.shape)}."
+                    )
+                if name in taken:
+                    raise ValueError(f"{argument}: mesh axis {name!r} was given twice.")
+                taken.append(name)
+        if self.ring is None and self.heads is None and self.batch is None:
+            raise ValueError(
+                "ring, heads, batch: expected the name of a mesh axis for one at least, got None."
+            )
+
+    def size(self, argument: str) -> int:
+        """Devices along the axis that serves as "ring", "heads" or "batch"."""
+        return math.prod(self.mesh.shape[name] for name in _names(getattr(self, argument)))
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        """The mesh axes that cut the sequence, the outermost first."""
+        return tuple(name for name in (self.ring, self.heads) if name is not None)
+
+    @property
+    def unit(self) -> int:
+        """Lengths that need no padding are multiples of this."""
+        return layouts.unit(self.layout, self.size("ring")) * self.size("heads")
+
+    def spec(self, axes: str) -> P:
+        """How an array lies on the mesh; `axes` names its axes by letters, as in "B T N H".
+
+        B is cut over the batch axis, T and S over those of the sequence, all others are whole.
+        """
+        where = {"B": self.batch, "T": self.sequence or None, "S": self.sequence or None}
+        return P(*(where.get(letter) for letter in axes.split()))
+
+    def __call__(
+        self,
+        call: Call,
+        implementation: str,
+        block_sizes: tuple[int, int] | None,
+        with_lse: bool,
+    ) -> tuple[Array, Array]:
+        """Output "*B N T D" and log-sum-exp "*B N T", as `attnlab.core.attention.solve`."""
+        self._check(call, implementation)
+        call = _with_equal_heads(front.without_sink(call), self.size("heads"))
+        lengths = call.lengths
+        call = _padded(call, self.unit)
+        plan, arrays = _Plan.of(self, call, implementation, block_sizes, with_lse)
+        out, lse = _run(plan, arrays)
+        return out[..., : lengths[0], :], lse[..., : lengths[0]]
+
+    def _check(self, call: Call, implementation: str) -> None:
+        heads, entries = call.query.shape[-3], call.query.shape[:-3]
+        if heads % self.size("heads"):
+            raise ValueError(
+                f"query: the number of heads, {heads}, should be a multiple of the {self.heads!r} "
+                f"axis of the mesh, {self.size('heads')}."
+            )
+        if self.batch is not None and (not entries or entries[0] % self.size("batch")):
+            raise ValueError(
+                f"query: the first batch axis should be a multiple of the {self.batch!r} axis of "
+                f"the mesh, {self.size('batch')}, got batch axes {entries}."
+            )
+        if self.arranged:
+            for name, length in zip(("query", "key"), call.lengths, strict=True):
+                if length % self.unit:
+                    raise ValueError(
+                        f"{name}: arranged inputs should have a length that is a multiple of "
+                        f"{self.unit}, got {length}; pad before arranging."
+                    )
+        if self.size("ring") > 1 and implementation not in ("auto", "blockwise"):
+            raise NotImplementedError(
+                f'implementation="{implementation}" does not go around a ring; '
+                'implementation="blockwise" can.'
+            )
+
+
+def _auto(mesh: Any) -> Any:
+    types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    if isinstance(mesh, Mesh):
+        return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+    return mesh.update(axis_types=types)
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+@contextlib.contextmanager
+def over(
+    mesh: Mesh,
+    *,
+    ring: str | None = None,
+    heads: str | None = None,
+    batch: str | tuple[str, ...] | None = None,
+    layout: str = "contiguous",
+    arranged: bool = False,
+) -> Iterator[Across]:
+    """Within this context every `attnlab.attention` runs across the devices of a mesh.
+
+    Mechanisms and models need not know: what they compute beside attention is cut by the compiler
+    as its inputs are.  What was traced inside stays spread, also where `jax.jit` runs it later, and
+    what was traced outside is not; trace where you mean it.
+
+        mesh = jax.make_mesh((2, 4), ("data", "sequence"))
+        with attnlab.distributed.over(mesh, ring="sequence", batch="data", layout="zigzag"):
+            loss, grads = jax.jit(jax.value_and_grad(loss_of))(params, tokens)
+
+    Args and errors: see `Across`.
+    """
+    across = Across(mesh, ring, heads, batch, layout, arranged)
+    token = front.spread.set(across)
+    try:
+        yield across
+    finally:
+        front.spread.reset(token)
+
+
+def _with_equal_heads(call: Call, devices: int) -> Call:
+    """Key heads repeated until each device has some, where there are fewer than devices."""
+    heads, kv_heads = call.query.shape[-3], call.key.shape[-3]
+    if kv_heads % devices == 0:
+        return call
+    repeats = math.lcm(kv_heads, devices) // kv_heads
+    if (heads // kv_heads) % repeats:
+        repeats = heads // kv_heads
+    key, value = (jnp.repeat(x, repeats, axis=-3) for x in (call.key, call.value))
+    return call._replace(key=key, value=value)
+
+
+def _padded(call: Call, unit: int) -> Call:
+    """Lengths that are multiples of `unit`; what was added is seen by nothing."""
+    rows, cols = (-n % unit for n in call.lengths)
+    if not rows and not cols:
+        return call
+
+    def pad(x: Array, amount: int) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, amount), (0, 0)])
+
+    mask, modifiers = (
+        pad_terms(terms, axes_of(terms), rows, cols) for terms in (call.mask, call.modifiers)
+    )
+    if cols:
+        end = call.key_offset + call.lengths[1]
+        mask = mask & Prefix(end)
+    return call._replace(
+        query=pad(call.query, rows), key=pad(call.key, cols), value=pad(call.value, cols),
+        mask=mask, modifiers=modifiers,
+    )  # fmt: skip
+
+
+Role = tuple[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is static about a call that is spread, so that it is compiled once."""
+
+    across: Across
+    tree: Any  # of (mask, modifiers, normalizer)
+    specs: tuple[P, ...]
+    roles: tuple[Role, ...]
+    moves: tuple[tuple[tuple[int, bool], ...], ...]  # of each leaf: (axis, is it cut) to arrange
+    scale: float
+    dropout_rate: float
+    offsets: tuple[int | None, int | None]
+    batch_rank: int
+    hops: int
+    gathers: bool  # whole rows of scores are needed, so that every device gets all keys
+    by_index: bool  # some array holds for whole blocks of queries or keys, found by their numbers
+    implementation: str
+    block_sizes: tuple[int, int] | None
+    with_lse: bool
+
+    @classmethod
+    def of(
+        cls, across: Across, call: Call, implementation: str, block_sizes: Any, with_lse: bool
+    ) -> tuple["_Plan", dict[str, Any]]:
+        """The plan, and the arrays that it takes."""
+        terms = (call.mask, call.modifiers, call.normalizer)
+        leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, terms))
+        tags = axes_of(call.mask) + axes_of(call.modifiers) + call.normalizer.axes()
+        gathers = call.normalizer.kind == "row" or whole_rows(call.modifiers) is not None
+        batch = call.query.shape[:-3]
+        cut = [_cut(across, x, tag, batch, gathers) for x, tag in zip(leaves, tags, strict=True)]
+        offsets = (call.query_offset, call.key_offset)
+        plan = cls(
+            across, tree, tuple(c[0] for c in cut), tuple(c[1] for c in cut),
+            tuple(c[2] for c in cut), call.scale, call.dropout_rate,
+            tuple(o if isinstance(o, int) else None for o in offsets),  # type: ignore[arg-type]
+            len(batch), _hops(across, call), gathers and across.ring is not None,
+            any(block > 1 for x, tag in zip(leaves, tags, strict=True) if tag
+                for _, _, block in sized_axes(tag, x.ndim)),
+            implementation, block_sizes, with_lse,
+        )  # fmt: skip
+        arrays = {
+            "inputs": (call.query, call.key, call.value),
+            "leaves": leaves,
+            "offsets": tuple(jnp.asarray(o, jnp.int32) for o in offsets),
+            "dropout_key": call.dropout_key,
+        }
+        return plan, arrays
+
+    def inputs_spec(self) -> P:
+        """Of arrays "*B N T H"."""
+        lead = (self.across.batch, *(None,) * (self.batch_rank - 1)) if self.batch_rank else ()
+        return P(*lead, None, self.across.sequence or None, None)
+
+
+def _cut(
+    across: Across, x: Array, tag: str, batch: tuple[int, ...], gathers: bool
+) -> tuple[P, Role, tuple[tuple[int, bool], ...]]:
+    """Of a leaf: how it lies on the mesh, what becomes of it, and which axes to arrange."""
+    axes: list[Any] = [None] * x.ndim
+    named = sized_axes(tag, x.ndim) if tag else []
+    first = min((axis for _, axis, _ in named), default=x.ndim)
+    if "B" in tag.split() and batch and first == len(batch) and x.shape[0] == batch[0] > 1:
+        axes[0] = across.batch
+    full = {letter: axis for letter, axis, block in named if block == 1 and x.shape[axis] > 1}
+    role, moves = (STAYS, 0), []
+    if "N" in full and across.heads is not None:
+        axes[full["N"]] = across.heads
+    if "T" in full:
+        axes[full["T"]] = across.ring
+        moves.append((full["T"], True))
+    if "S" in full and not gathers:
+        alone = "T" not in full
+        role = (TRAVELS if alone else COLUMNS, full["S"] - x.ndim)
+        axes[full["S"]] = across.ring if alone else None
+        moves.append((full["S"], alone))
+    return P(*axes), role, tuple(moves)
+
+
+def _hops(across: Across, call: Call) -> int:
+    """How many visitors any device has to see: a window needs few, where parts are contiguous."""
+    size = across.size("ring")
+    offsets = (call.query_offset, call.key_offset)
+    if across.layout != "contiguous" or not all(isinstance(o, int) for o in offsets):
+        return size
+    parts = tuple(n // size for n in call.lengths)
+    some = call.mask.bounds(Span.of(call.lengths, (parts[0], parts[1]), offsets))[0]
+    some = np.broadcast_to(np.asarray(some), (size, size))
+    return 1 + max((int((i - j) % size) for i, j in np.argwhere(some)), default=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
+    spec = plan.inputs_spec()
+    specs = {
+        "inputs": (spec,) * 3,
+        "leaves": list(plan.specs),
+        "offsets": (P(), P()),
+        "dropout_key": None if arrays["dropout_key"] is None else P(),
+    }
+    body = jax.shard_map(
+        functools.partial(_on_device, plan),
+        mesh=plan.across.mesh,
+        in_specs=(specs,),
+        out_specs=(spec, P(*spec[:-1])),
+        check_vma=False,  # the folds' derivatives are our own
+    )
+    return body(arrays)
+
+
+def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
+    """What one device does with its part."""
+    across = plan.across
+    ring, size = across.ring, across.size("ring")
+    query, key, value = (_heads_for_positions(across, x) for x in arrays["inputs"])
+    base = tuple(
+        traced if known is None else known
+        for known, traced in zip(plan.offsets, arrays["offsets"], strict=True)
+    )
+    entry = jnp.int32(0)
+    for name in _names(across.batch):
+        entry = entry * across.mesh.shape[name] + jax.lax.axis_index(name)
+    entry = entry * math.prod(query.shape[: plan.batch_rank])
+    head = 0 if across.heads is None else jax.lax.axis_index(across.heads) * query.shape[-3]
+    first = (entry if across.batch else 0, head, *base)
+    moved = ring is not None and not across.arranged
+
+    def arranged(x: Array, axis: int, cut: bool) -> Array:
+        if not moved:
+            return x
+        if cut:
+            return layouts.arranged_part(x, across.layout, str(ring), size, axis % x.ndim)
+        return jnp.take(x, layouts.order(across.layout, size, x.shape[axis]), axis)
+
+    leaves = list(arrays["leaves"])
+    for i, moves in enumerate(plan.moves):
+        for axis, cut in moves:
+            leaves[i] = arranged(leaves[i], axis, cut)
+    mask, modifiers, normalizer = jax.tree.unflatten(plan.tree, leaves)
+    query = arranged(query, -2, True)
+    if not plan.gathers:
+        key, value = (arranged(x, -2, True) for x in (key, value))
+    elif across.arranged:
+        key, value = (layouts.natural_part(x, across.layout, str(ring), size, x.ndim - 2)
+                      for x in (key, value))  # fmt: skip
+
+    def offset(part: Any, length: int, base: Any) -> Any:
+        if ring is None:
+            return base
+        if across.layout != "contiguous" or plan.by_index:
+            index = np.arange(length, dtype=np.int32)
+            return base + layouts.places(across.layout, part, size, length) - index
+        return base + part * length
+
+    part = 0 if ring is None else jax.lax.axis_index(ring)
+    query_offset = offset(part, query.shape[-2], base[0])
+    call = Call(
+        query, key, value, modifiers, normalizer, mask, query_offset, base[1],
+        arrays["dropout_key"], plan.scale, plan.dropout_rate, first,
+    )  # fmt: skip
+    if ring is None or plan.gathers:
+        if ring is not None:
+            key, value = (jax.lax.all_gather(x, ring, axis=x.ndim - 2, tiled=True)
+                          for x in (key, value))  # fmt: skip
+            call = call._replace(key=key, value=value)
+        out, lse = front.solve(call, plan.implementation, plan.block_sizes, plan.with_lse)
+        lse = jnp.zeros(out.shape[:-1], out.dtype) if lse is None else lse
+    else:
+        out, lse = _around(plan, call, offset)
+    if moved:
+        out, lse = (
+            layouts.natural_part(x, across.layout, str(ring), size, axis)
+            for x, axis in ((out, out.ndim - 2), (lse, lse.ndim - 1))
+        )
+    return _positions_for_heads(across, out), _positions_for_heads(across, lse[..., None])[..., 0]
+
+
+def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:
+    cols = call.key.shape[-2]
+    base = call.key_offset
+    forward, backward = _blocks(plan, call)
+    # Offsets are traced: they differ from device to device.
+    call = call._replace(
+        query_offset=jnp.asarray(call.query_offset, jnp.int32), key_offset=jnp.int32(0)
+    )
+    signature, x, aux = Signature.of(call, forward, backward)
+    count = signature.tree.num_leaves
+    of_mask, of_terms = plan.roles[: len(plan.roles) - count], plan.roles[len(plan.roles) - count :]
+    fixed = tuple(r for i, r in enumerate(of_terms) if i not in signature.trainable)
+    travels = ((STAYS, 0), (TRAVELS, -2), (TRAVELS, -2))
+    folds = RingFolds(
+        Folds(signature), call.normalizer.kind == "shared", str(plan.across.ring),
+        plan.across.size("ring"), plan.hops, lambda part: offset(part, cols, base),
+        (*travels, *(of_terms[i] for i in signature.trainable)), (*of_mask, *fixed),
+    )  # fmt: skip
+    return make_solver(folds)(x, aux)  # type: ignore[arg-type]
+
+
+def _blocks(plan: _Plan, call: Call) -> tuple[tuple[int, int], tuple[int, int]]:
+    if plan.block_sizes is not None:
+        rows, cols = call.lengths
+        blocks = (min(plan.block_sizes[0], rows), min(plan.block_sizes[1], cols))
+        return blocks, blocks
+    return default_block_sizes(call), default_block_sizes(call, BACKWARD)
+
+
+def _heads_for_positions(across: Across, x: Array) -> Array:
+    """Some of the positions of all heads become all (of a ring's part) of some heads."""
+    if across.heads is None:
+        return x
+    return jax.lax.all_to_all(x, across.heads, x.ndim - 3, x.ndim - 2, tiled=True)
+
+
+def _positions_for_heads(across: Across, x: Array) -> Array:
+    if across.heads is None:
+        return x
+    return jax.lax.all_to_all(x, across.heads, x.ndim - 2, x.ndim - 3, tiled=True)
