@@ -20,6 +20,9 @@ from tests.contract import support
 BUILD = Path(__file__).parent.parent / "build"
 MOST_MAPS = 30_000
 
+# A mesh of eight, on any machine.
+jax.config.update("jax_num_cpu_devices", 8)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,7 +24,6 @@ from jaxtyping import Array
 
 from attnlab.core import attention as front
 from attnlab.core.blockwise import BACKWARD, default_block_sizes
-from attnlab.core.choice import availability
 from attnlab.core.derivatives import make_solver
 from attnlab.core.folds import Folds
 from attnlab.core.masks import Prefix

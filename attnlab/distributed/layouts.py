@@ -85,7 +85,7 @@ def _whole_order(x: Any, layout: str, devices: int, axis: int) -> np.ndarray:
     return order(layout, devices, length)
 
 
-# -- within shard_map: each device has its part, and they change places -----------------------------
+# -- within shard_map: each device has its part, and they change places ----------------------------
 
 
 def arranged_part(x: Array, layout: str, name: str, devices: int, axis: int) -> Array:
@@ -119,7 +119,7 @@ def natural_part(x: Array, layout: str, name: str, devices: int, axis: int) -> A
 
 
 def _halves(devices: int, parity: int) -> list[tuple[int, int]]:
-    """Where half-parts number parity, parity + 2, ... of 2 P go, from the devices that hold them."""
+    """Where the half-parts parity, parity + 2, ... of 2 P go, from the devices that hold them."""
     parts = [(d, 2 * d + parity) for d in range(devices)]
     return [(d, part if part < devices else 2 * devices - 1 - part) for d, part in parts]
 
