@@ -33,6 +33,7 @@ from attnlab.core.spans import Span
 from attnlab.core.terms import axes_of, sized_axes
 from attnlab.core.tiles import Signature, pad_terms
 from attnlab.distributed import layouts
+from attnlab.distributed.linear import Relay
 from attnlab.distributed.ring import COLUMNS, STAYS, TRAVELS, RingFolds
 
 
@@ -168,7 +169,9 @@ def over(
     layout: str = "contiguous",
     arranged: bool = False,
 ) -> Iterator[Across]:
-    """Within this context every `attnlab.attention` runs across the devices of a mesh.
+    """Within this context attention runs across the devices of a mesh.
+
+    That is every `attnlab.attention` and every `attnlab.linear_recurrence`.
 
     Mechanisms and models need not know: what they compute beside attention is cut by the compiler
     as its inputs are.  What was traced inside stays spread, also where `jax.jit` runs it later, and
@@ -182,8 +185,10 @@ def over(
     """
     across = Across(mesh, ring, heads, batch, layout, arranged)
     token = front.spread.set(across)
+    order = layout if arranged else "contiguous"
     try:
-        yield across
+        with Relay(across.mesh, across.sequence, batch, layout=order).running():
+            yield across
     finally:
         front.spread.reset(token)
 
@@ -415,11 +420,11 @@ def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:
     fixed = tuple(r for i, r in enumerate(of_terms) if i not in signature.trainable)
     travels = ((STAYS, 0), (TRAVELS, -2), (TRAVELS, -2))
     folds = RingFolds(
-        Folds(signature), call.normalizer.kind == "shared", str(plan.across.ring),
+        signature, Folds(signature), call.normalizer.kind == "shared", str(plan.across.ring),
         plan.across.size("ring"), plan.hops, lambda part: offset(part, cols, base),
         (*travels, *(of_terms[i] for i in signature.trainable)), (*of_mask, *fixed),
     )  # fmt: skip
-    return make_solver(folds)(x, aux)  # type: ignore[arg-type]
+    return make_solver(folds)(x, aux)
 
 
 def _blocks(plan: _Plan, call: Call) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -26,7 +26,7 @@ def unit(layout: str, devices: int) -> int:
     return {"contiguous": devices, "striped": devices**2, "zigzag": 2 * devices}[layout]
 
 
-def places(layout: str, device: Any, devices: int, length: int) -> Int[Array, " L"]:
+def places(layout: str, device: Any, devices: int, length: int) -> Int[Array | np.ndarray, " L"]:
     """The numbers of the `length` tokens that a device holds, in the order in which it does.
 
     `device` may be traced; NumPy goes in and out where it is not.

@@ -30,10 +30,10 @@ STAYS, TRAVELS, COLUMNS = "stays", "travels", "columns"
 
 
 @dataclasses.dataclass(frozen=True)
-class RingFolds:
+class RingFolds(Folds):
     """The three folds of a call whose keys lie on the devices of a mesh axis."""
 
-    folds: Folds
+    inner: Folds  # of the queries here and the keys of one device
     shared: bool  # the normalizer is of kind "shared"
     axis: str
     size: int
@@ -44,7 +44,7 @@ class RingFolds:
 
     def forward(self, x: Leaves, aux: dict[str, Any]) -> tuple[Array, Array]:
         def visit(total: Any, n: Any, moving: Any) -> Any:
-            out, lse = self.folds.forward(*self._visited(x, aux, moving, n))
+            out, lse = self.inner.forward(*self._visited(x, aux, moving, n))
             if not self.shared:
                 return Partial(total.acc + out, total.max, total.sum)
             # NaN must survive the merge: it is not -inf.
@@ -62,14 +62,14 @@ class RingFolds:
         def visit(total: Any, n: Any, moving: Any) -> Any:
             carried, d_carried = moving
             direction = self._placed(dx, d_carried, self.roles, x, n)
-            new = self.folds.tangent(*self._visited(x, aux, carried, n), out, lse, direction)
+            new = self.inner.tangent(*self._visited(x, aux, carried, n), out, lse, direction)
             return jax.tree.map(jnp.add, total, new)
 
         start = (jnp.zeros_like(out), jnp.zeros_like(lse))
         moving = (self._travelling(x, aux), self._of(dx, self.roles, TRAVELS))
         return self._around(visit, start, moving)[0]
 
-    def backward(
+    def gradients(
         self,
         wanted: tuple[int, ...],
         x: Leaves,
@@ -85,7 +85,7 @@ class RingFolds:
 
         def visit(total: Any, n: Any, moving: Any) -> Any:
             carried, _ = moving
-            new = self.folds.gradients(
+            new = self.inner.gradients(
                 wanted, *self._visited(x, aux, carried, n), out, lse, cotangent
             )
             found = dict(zip(wanted, new, strict=True))
@@ -98,7 +98,7 @@ class RingFolds:
         )
         home = jax.tree.map(lambda z: self._moved(z, 1 - self.hops), leaving)
         done = done | home
-        return [done[i].astype(x[i].dtype) for i in wanted]
+        return [done[i] for i in wanted]
 
     # -- moving ----------------------------------------------------------------------------------
 
