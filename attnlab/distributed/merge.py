@@ -1,0 +1,304 @@
+r"""A few queries everywhere, keys and values where they lie: what devices found is merged.
+
+With the keys cut over the devices h of a mesh axis, for each head and query
+
+    out_h, lse_h = attention to the keys of device h
+    lse = log sum_h e^(lse_h),   out = sum_h e^(lse_h - lse) out_h
+
+which is the merge of `attnlab.core.partial`, its fold replaced by collectives: one maximum, of the
+lse, and one sum, of D + 1 numbers.  Nothing that is sent grows with the number of keys.  So a cache
+too long for one device is read; it is phase 2 of Star Attention (Acharya et al. 2024,
+arXiv:2411.17116), whose hosts gather out and lse, the same D + 1 numbers.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from attnlab.core import attention as front
+from attnlab.core.masks import Prefix
+from attnlab.core.partial import Partial, finish, finite
+from attnlab.core.reference import Call
+from attnlab.core.scores import whole_rows
+from attnlab.core.terms import axes_of, sized_axes
+from attnlab.core.tiles import pad_terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Attention in which each device of a mesh axis has a part of the keys, in order.
+
+    A subclass says what a device does, in `on_device`, and along which axes the arrays of masks and
+    the like are cut, in `letters`: T as the queries are then, S as the keys always are.
+
+    Attributes:
+      mesh: of `jax.make_mesh`.
+      axis: the mesh axis over which keys are cut.
+      batch: the axis, or axes, over which the first batch axis is cut, or None.
+
+    Raises:
+      TypeError: `mesh` is none.
+      ValueError: an axis that the mesh has not, or the same axis twice.
+    """
+
+    mesh: Mesh
+    axis: str
+    batch: str | tuple[str, ...] | None = None
+
+    letters: ClassVar[str] = "S"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(self.mesh).__name__}.")
+        axes = dict(self.mesh.shape)
+        for argument, name in (("axis", self.axis), *(("batch", n) for n in self.over_batch)):
+            if name not in axes:
+                raise ValueError(f"{argument}: the mesh has no axis {name!r}; its axes are {axes}.")
+        if len({self.axis, *self.over_batch}) < 1 + len(self.over_batch):
+            raise ValueError(
+                f"batch: a mesh axis was given twice, in {self.axis!r} and {self.batch!r}."
+            )
+        # Around our own cuts the compiler decides, whatever the caller's mesh says of types.
+        types = (jax.sharding.AxisType.Auto,) * len(axes)
+        mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=types)
+        object.__setattr__(self, "mesh", mesh)
+
+    @property
+    def over_batch(self) -> tuple[str, ...]:
+        """The mesh axes that cut the batch."""
+        if self.batch is None:
+            return ()
+        return (self.batch,) if isinstance(self.batch, str) else tuple(self.batch)
+
+    @property
+    def size(self) -> int:
+        """Devices along the axis of the keys."""
+        return int(self.mesh.shape[self.axis])
+
+    def prepared(self, call: Call) -> Call:
+        """The call as it is cut: checked, and padded where that changes nothing."""
+        needy = whole_rows(call.modifiers)
+        if call.normalizer.kind == "row" or needy:
+            raise NotImplementedError(
+                f"{needy or type(call.normalizer).__name__} needs whole rows of scores, and no "
+                "device has them here; `attnlab.distributed.over` gathers what they are made of, "
+                'and implementation="reference" on one device can.'
+            )
+        batch, parts = call.query.shape[:-3], math.prod(self.mesh.shape[n] for n in self.over_batch)
+        if self.over_batch and (not batch or batch[0] % parts):
+            raise ValueError(
+                f"query: the first batch axis should be a multiple of the {self.batch!r} axis of "
+                f"the mesh, {parts}, got batch axes {batch}."
+            )
+        return front.without_sink(call)
+
+    def on_device(self, call: Call, part: Any, options: tuple[Any, ...]) -> tuple[Array, Array]:
+        """Output and lse of what a device has: `options` are those of `solve`."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        call: Call,
+        implementation: str,
+        block_sizes: tuple[int, int] | None,
+        with_lse: bool,
+    ) -> tuple[Array, Array]:
+        """Output "*B N T D" and log-sum-exp "*B N T", as `attnlab.core.attention.solve`."""
+        call = self.prepared(call)
+        terms = (call.mask, call.modifiers, call.normalizer)
+        leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, terms))
+        tags = axes_of(call.mask) + axes_of(call.modifiers) + call.normalizer.axes()
+        offsets = (call.query_offset, call.key_offset)
+        static = _Static(
+            self, tree, tags, call.query.shape[:-3], call.scale, call.dropout_rate,
+            tuple(o if isinstance(o, int) else None for o in offsets),  # type: ignore[arg-type]
+            implementation, block_sizes, with_lse,
+        )  # fmt: skip
+        arrays = {
+            "inputs": (call.query, call.key, call.value),
+            "leaves": leaves,
+            "offsets": tuple(jnp.asarray(o, jnp.int32) for o in offsets),
+            "dropout_key": call.dropout_key,
+        }
+        return _run(static, arrays)
+
+    def spec(self, x: Any, tag: str, batch: tuple[int, ...]) -> P:
+        """How an array of the call lies on the mesh; `tag` names its axes."""
+        axes: list[Any] = [None] * x.ndim
+        named = sized_axes(tag, x.ndim) if tag else []
+        first = min((axis for _, axis, _ in named), default=x.ndim)
+        if "B" in tag.split() and batch and first == len(batch) and x.shape[0] == batch[0] > 1:
+            axes[0] = self.batch
+        for letter, axis, block in named:
+            if letter in self.letters and block == 1 and x.shape[axis] > 1:
+                axes[axis] = self.axis
+        return P(*axes)
+
+    def place(self, part: Any, length: int, base: Any, by_index: bool) -> Any:
+        """The offset of a part of so many queries or keys."""
+        offset = base + part * length
+        # One for each says which of the whole call's they are: `attnlab.core.terms.Tile`.
+        return jnp.broadcast_to(offset, (length,)) if by_index else offset
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is static about a call, so that it is compiled once."""
+
+    parts: Parts
+    tree: Any  # of (mask, modifiers, normalizer)
+    tags: tuple[str, ...]
+    batch: tuple[int, ...]
+    scale: float
+    dropout_rate: float
+    offsets: tuple[int | None, int | None]
+    implementation: str
+    block_sizes: tuple[int, int] | None
+    with_lse: bool
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:
+    parts, batch = static.parts, static.batch
+    lead = (parts.batch, *(None,) * (len(batch) - 1)) if batch else ()
+    rows, cols = (
+        P(*lead, None, axis, None)
+        for axis in (parts.axis if "T" in parts.letters else None, parts.axis)
+    )
+    specs = {
+        "inputs": (rows, cols, cols),
+        "leaves": [
+            parts.spec(x, tag, batch) for x, tag in zip(arrays["leaves"], static.tags, strict=True)
+        ],
+        "offsets": (P(), P()),
+        "dropout_key": None if arrays["dropout_key"] is None else P(),
+    }
+    body = jax.shard_map(
+        functools.partial(_on_device, static),
+        mesh=parts.mesh,
+        in_specs=(specs,),
+        out_specs=(rows, P(*rows[:-1])),
+        check_vma=False,  # the folds' derivatives are our own
+    )
+    return body(arrays)
+
+
+def _on_device(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:
+    parts, (query, key, value) = static.parts, arrays["inputs"]
+    entry = jnp.int32(0)
+    for name in parts.over_batch:
+        entry = entry * parts.mesh.shape[name] + jax.lax.axis_index(name)
+    entry = entry * math.prod(query.shape[:-3])
+    row, col = (
+        traced if known is None else known
+        for known, traced in zip(static.offsets, arrays["offsets"], strict=True)
+    )
+    mask, modifiers, normalizer = jax.tree.unflatten(static.tree, arrays["leaves"])
+    call = Call(
+        query, key, value, modifiers, normalizer, mask, row, col, arrays["dropout_key"],
+        static.scale, static.dropout_rate, (entry if parts.over_batch else 0, 0, row, col),
+    )  # fmt: skip
+    options = (static.implementation, static.block_sizes, static.with_lse)
+    return parts.on_device(call, jax.lax.axis_index(parts.axis), options)
+
+
+def by_index(call: Call) -> bool:
+    """Whether some array holds for whole blocks of queries or keys, found by their numbers."""
+    terms = (call.mask, *call.modifiers, call.normalizer)
+    return any(
+        block > 1
+        for x, tag in zip(jax.tree.leaves(terms), axes_of(terms), strict=True) if tag
+        for _, _, block in sized_axes(tag, jnp.ndim(x))
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged(Parts):
+    """Queries are whole on every device, keys and values cut; results are merged."""
+
+    def prepared(self, call: Call) -> Call:
+        call, keys = super().prepared(call), call.key.shape[-2]
+        short = -keys % self.size
+        if not short:
+            return call
+
+        def pad(x: Array) -> Array:
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, short), (0, 0)])
+
+        mask, modifiers = (
+            pad_terms(t, axes_of(t), 0, short) for t in (call.mask, call.modifiers)
+        )  # fmt: skip
+        return call._replace(
+            key=pad(call.key), value=pad(call.value), modifiers=modifiers,
+            mask=mask & Prefix(call.key_offset + keys),
+        )  # fmt: skip
+
+    def on_device(self, call: Call, part: Any, options: tuple[Any, ...]) -> tuple[Array, Array]:
+        implementation, block_sizes, _ = options
+        shared = call.normalizer.kind == "shared"
+        offset = self.place(part, call.key.shape[-2], call.key_offset, by_index(call))
+        out, lse = front.solve(
+            call._replace(key_offset=offset), implementation, block_sizes, shared
+        )
+        if not shared:
+            out = jax.lax.psum(out, self.axis)
+            return out, jnp.zeros(out.shape[:-1], out.dtype)
+        # The result does not depend on the shift, so neither should its derivative.
+        top = jax.lax.pmax(jax.lax.stop_gradient(lse), self.axis)
+        weight = jnp.exp(lse - finite(top))[..., None]
+        both = jax.lax.psum(jnp.concatenate([out * weight, weight], -1), self.axis)
+        return finish(Partial(both[..., :-1], top, both[..., -1]))
+
+
+@contextlib.contextmanager
+def merging(
+    mesh: Mesh, *, axis: str, batch: str | tuple[str, ...] | None = None
+) -> Iterator[Merged]:
+    """Within this context every `attnlab.attention` reads keys cut over a mesh axis, as below.
+
+    For models that decode: their caches lie cut along the capacity, and are never moved.
+    """
+    merged = Merged(mesh, axis, batch)
+    token = front.spread.set(merged)
+    try:
+        yield merged
+    finally:
+        front.spread.reset(token)
+
+
+def merge_attention(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K D"],
+    *,
+    mesh: Mesh,
+    axis: str,
+    batch: str | tuple[str, ...] | None = None,
+    **options: Any,
+) -> Any:
+    """Attention of queries that every device has to keys cut over a mesh axis: "*B T N D".
+
+    Exact, and so are gradients, with every mask, every modifier of single scores and every
+    normalizer that streams; what a device sends does not depend on S.
+
+    Args:
+      query, key, value: as for `attnlab.attention`; keys and values cut along S, or to be.
+      mesh, axis, batch: see `Parts`.
+      options: as for `attnlab.attention`; for queries after S' keys of a longer cache,
+        `mask=Causal(), query_offset=S'`.
+
+    Raises:
+      TypeError, ValueError: as for `attnlab.attention`, and where mesh and axes do not fit.
+      NotImplementedError: a normalizer or modifier that needs whole rows of scores.
+    """
+    with merging(mesh, axis=axis, batch=batch):
+        return front.attention(query, key, value, **options)
