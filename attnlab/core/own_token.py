@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from attnlab.core.linear_attention import _same
 from attnlab.core.mask_layout import layout
 from attnlab.core.masks import Full, Mask, as_mask
 
@@ -48,7 +49,7 @@ def sees_any(
         seen = jnp.ones((*batch, lengths[0]), bool)
     else:
         place = _place(lengths[0], offsets)
-        count = jnp.take(jnp.cumsum(real, -1), jnp.clip(place, 0, lengths[1] - 1), axis=-1)
+        count = _moved(jnp.cumsum(real, -1), lengths[0], offsets, len(batch))
         before = jnp.expand_dims(place >= 0, range(len(batch)))
         seen = (count > 0) & before
     return seen if known.queries is None else seen & known.queries
@@ -67,6 +68,8 @@ def _place(length: int, offsets: tuple[Any, Any]) -> Array:
 
 
 def _moved(x: Array, length: int, offsets: tuple[Any, Any], axis: int) -> Array:
+    if length == x.shape[axis] and _same(*offsets):
+        return x
     return jnp.take(x, jnp.clip(_place(length, offsets), 0, x.shape[axis] - 1), axis=axis)
 
 

@@ -14,6 +14,8 @@ whole sequence as one chunk.  All give the same numbers up to rounding; no decay
 overflows in any (`decay_tree`).  Everything is computed in float32, or float64 if that is given.
 """
 
+import contextvars
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +32,9 @@ FORMS = ("parallel", "chunked", "recurrent")
 IMPLEMENTATIONS = (*FORMS, *BACKENDS)
 CHUNK_SIZE = 64
 SHORTEST_CHUNKED = 4  # from how many steps on "auto" takes chunks
+
+# What computes a recurrence in place of `solve`; `attnlab.distributed.over` puts a mesh here.
+spread: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("spread", default=None)
 
 
 def linear_recurrence(
@@ -88,10 +93,12 @@ def linear_recurrence(
         _grouped_heads(query, key.shape[-2]), heads_first(key), heads_first(value),
         _decay(log_decay, key), _erase(erase, key),
     )  # fmt: skip
-    given, steps = steps, jax.tree.map(lambda x: x.astype(dtype), steps)
+    if steps.log_decay is not None:
+        steps = steps._replace(log_decay=steps.log_decay.astype(dtype))
     if reset is not None:
-        steps = cleared(steps, _reset(reset, key))
-    out, state = _run(steps, state, implementation, chunk_size, _narrow(steps, given))
+        steps = cleared(steps, _reset(reset, key), dtype)
+    run = spread.get() or solve
+    out, state = run(steps, state, implementation, chunk_size)
     out = _ungrouped(out).astype(query.dtype)
     return (out, state) if return_state else out
 
@@ -115,26 +122,21 @@ def state_dtype(dtype: Any) -> Any:
     return jnp.dtype("float64") if dtype == jnp.float64 else jnp.dtype("float32")
 
 
-def _narrow(steps: Steps, given: Steps) -> Steps:
-    """The steps in the dtypes they were given in, the decays apart."""
-    erase = steps.erase
-    if erase is not None and given.erase is not None:
-        erase = erase.astype(given.erase.dtype)
-    return given._replace(log_decay=steps.log_decay, erase=erase)
+def solve(steps: Steps, state: Array, implementation: str, chunk_size: int) -> tuple[Array, Array]:
+    """Output "*B K G T D" and the last state, on the devices its arrays are on.
 
-
-def _run(
-    steps: Steps, state: Array, implementation: str, chunk_size: int, narrow: Steps
-) -> tuple[Array, Array]:
+    Decays have the dtype of the state, all else that of the inputs, which kernels take.
+    """
     length = steps.key.shape[-2]
     if not length:
         shape = (*steps.query.shape[:-1], steps.value.shape[-1])
         return jnp.zeros(shape, state.dtype), state
     if implementation == "auto":
         short = length < SHORTEST_CHUNKED
-        implementation = "recurrent" if short else best(narrow) or "chunked"
+        implementation = "recurrent" if short else best(steps) or "chunked"
     if implementation in BACKENDS:
-        return kernel_recurrence(narrow, state, implementation)
+        return kernel_recurrence(steps, state, implementation)
+    steps = jax.tree.map(lambda x: x.astype(state.dtype), steps)
     if implementation == "recurrent":
         return recurrent(steps, state)
     if implementation == "parallel":

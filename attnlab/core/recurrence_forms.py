@@ -2,11 +2,11 @@
 
 Axes here: query "*B K G T H" (G queries share a key head), key "*B K T H", value "*B K T D",
 log_decay "*B K T X" (X = H, or 1 where all channels decay alike) or None, erase "*B K T H" or None,
-state "*B K H D"; all of one floating-point dtype.
+state "*B K H D"; in the forms, all of one floating-point dtype.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,16 @@ class Steps(NamedTuple):
     erase: Array | None = None
 
 
-def cleared(steps: Steps, reset: Bool[Array, "*B T"]) -> Steps:
-    """Steps that see nothing of the state before a reset: it is decayed and read as zero."""
+def cleared(steps: Steps, reset: Bool[Array, "*B T"], dtype: Any) -> Steps:
+    """Steps that see nothing of the state before a reset: it is decayed and read as zero.
+
+    `dtype` is that of decays.
+    """
     key, erase = steps.key, steps.erase
     here = reset[..., None, :, None]
-    decay = jnp.zeros((*key.shape[:-1], 1), key.dtype)
-    decay = decay if steps.log_decay is None else steps.log_decay
-    decay = jnp.where(here, jnp.asarray(-jnp.inf, key.dtype), decay)
-    erase = None if erase is None else jnp.where(here, jnp.zeros((), key.dtype), erase)
+    decay = jnp.zeros((*key.shape[:-1], 1), dtype) if steps.log_decay is None else steps.log_decay
+    decay = jnp.where(here, jnp.asarray(-jnp.inf, dtype), decay)
+    erase = None if erase is None else jnp.where(here, jnp.zeros((), erase.dtype), erase)
     return steps._replace(log_decay=decay, erase=erase)
 
 
