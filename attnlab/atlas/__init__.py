@@ -7,7 +7,7 @@ import pkgutil
 
 from attnlab.core.entry import PATTERNS, PROPERTIES, Entry, Paper
 
-FAMILIES = ("dense", "normalization", "positional", "heads", "linear")
+FAMILIES = ("dense", "normalization", "positional", "heads", "linear", "distributed")
 
 __all__ = ["FAMILIES", "PATTERNS", "PROPERTIES", "Entry", "Paper", "entries", "get"]
 

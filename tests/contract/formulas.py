@@ -103,6 +103,7 @@ FORMULAS = {
     "linear-transformer": _linear_transformer,
     "multi-head-attention": _plain,
     "memory-efficient-attention": _plain,
+    "ring-attention": _plain,
     "nope": _plain,
     "sigmoid-attention": _sigmoid,
     "alibi": _alibi,
