@@ -10,6 +10,7 @@ import numpy as np
 
 from tests import oracles
 from tests.contract.block_formulas import FORMULAS_BLOCKS
+from tests.contract.distributed_formulas import FORMULAS_DISTRIBUTED
 from tests.contract.feature_formulas import FORMULAS_FEATURES
 from tests.contract.head_sharing_formulas import FORMULAS_HEAD_SHARING
 from tests.contract.heads_low_rank_formulas import FORMULAS_HEADS_LOW_RANK
@@ -113,6 +114,7 @@ FORMULAS = {
     "bam": _bam,
     "bam-ssmax": _bam_ssmax,
     **FORMULAS_BLOCKS,
+    **FORMULAS_DISTRIBUTED,
     **FORMULAS_FEATURES,
     **FORMULAS_HEAD_SHARING,
     **FORMULAS_HEADS_LOW_RANK,
