@@ -34,6 +34,7 @@ from attnlab.core.terms import axes_of, sized_axes
 from attnlab.core.tiles import Signature, pad_terms
 from attnlab.distributed import layouts
 from attnlab.distributed.linear import Relay
+from attnlab.distributed.meshes import automatic, axis_names, check_axes
 from attnlab.distributed.ring import COLUMNS, STAYS, TRAVELS, RingFolds
 
 
@@ -63,22 +64,10 @@ class Across:
     arranged: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.mesh, Mesh | jax.sharding.AbstractMesh):
-            raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(self.mesh).__name__}.")
+        check_axes(self.mesh, ring=self.ring, heads=self.heads, batch=self.batch)
         # Around our own cuts the compiler decides, whatever the caller's mesh says of types.
-        object.__setattr__(self, "mesh", _auto(self.mesh))
+        object.__setattr__(self, "mesh", automatic(self.mesh))
         layouts.check_layout(self.layout)
-        taken: list[str] = []
-        for argument in ("ring", "heads", "batch"):
-            for name in _names(getattr(self, argument)):
-                if name not in self.mesh.shape:
-                    raise ValueError(
-                        f"{argument}: the mesh has no axis {name!r}; its axes are "
-                        f"{dict(self.mesh.shape)}."
-                    )
-                if name in taken:
-                    raise ValueError(f"{argument}: mesh axis {name!r} was given twice.")
-                taken.append(name)
         if self.ring is None and self.heads is None and self.batch is None:
             raise ValueError(
                 "ring, heads, batch: expected the name of a mesh axis for one at least, got None."
@@ -86,7 +75,7 @@ class Across:
 
     def size(self, argument: str) -> int:
         """Devices along the axis that serves as "ring", "heads" or "batch"."""
-        return math.prod(self.mesh.shape[name] for name in _names(getattr(self, argument)))
+        return math.prod(self.mesh.shape[name] for name in axis_names(getattr(self, argument)))
 
     @property
     def sequence(self) -> tuple[str, ...]:
@@ -146,17 +135,6 @@ class Across:
                 f'implementation="{implementation}" does not go around a ring; '
                 'implementation="blockwise" can.'
             )
-
-
-def _auto(mesh: Any) -> Any:
-    types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
-    if isinstance(mesh, Mesh):
-        return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-    return mesh.update(axis_types=types)
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 @contextlib.contextmanager
@@ -349,7 +327,7 @@ def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
         for known, traced in zip(plan.offsets, arrays["offsets"], strict=True)
     )
     entry = jnp.int32(0)
-    for name in _names(across.batch):
+    for name in axis_names(across.batch):
         entry = entry * across.mesh.shape[name] + jax.lax.axis_index(name)
     entry = entry * math.prod(query.shape[: plan.batch_rank])
     head = 0 if across.heads is None else jax.lax.axis_index(across.heads) * query.shape[-3]

@@ -15,8 +15,15 @@ no key or value having left its device.  `exchanged_bytes` says what a device se
 grow with the length.  With erasing, A and A^T q come from the same recurrence, as H more columns of
 its state that begin as the identity; so every form and kernel serves, with derivatives.
 
-Other loops over time are left to the compiler, which partitions them as their inputs are cut, in
-`jax.jit`; they give the same numbers, and what it has to gather for them, it gathers.
+Lengths that the devices do not divide are filled up; JAX then keeps no array of that length cut.
+
+Within `attnlab.distributed.over` every mechanism that ends in the recurrence is computed so, the
+two writes of RWKV-7 and what a token reads of itself included.  Other loops over time are left to
+the compiler, which in `jax.jit` partitions them as their inputs are cut, and gives the same
+numbers.  It sends the W - 1 last tokens for a short convolution, and a row for each level of a scan
+for running maxima and sums (Latte, Performer, efficient attention, log-normal attention), twice
+log2 T in all; for the plain cumulative sums of inline attention it gathers what is summed, and in
+the loop over blocks of NATS, where each block goes round all devices, their steps.
 """
 
 import contextlib
@@ -35,6 +42,7 @@ from attnlab.core import recurrence
 from attnlab.core.decay_tree import product
 from attnlab.core.kernels import interpreted
 from attnlab.core.recurrence_forms import Steps
+from attnlab.distributed.meshes import automatic, axis_names, check_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,23 +68,11 @@ class Relay:
     layout: str = "contiguous"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
-            raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(self.mesh).__name__}.")
-        taken: list[str] = []
-        for argument in ("axis", "batch", "heads"):
-            for name in _names(getattr(self, argument)):
-                if name not in self.mesh.shape:
-                    raise ValueError(
-                        f"{argument}: the mesh has no axis {name!r}; its axes are "
-                        f"{dict(self.mesh.shape)}."
-                    )
-                if name in taken:
-                    raise ValueError(f"{argument}: mesh axis {name!r} was given twice.")
-                taken.append(name)
+        check_axes(self.mesh, axis=self.axis, batch=self.batch, heads=self.heads)
 
     def size(self, argument: str) -> int:
         """Devices along the axes that serve as "axis", "batch" or "heads"."""
-        return math.prod(self.mesh.shape[name] for name in _names(getattr(self, argument)))
+        return math.prod(self.mesh.shape[name] for name in axis_names(getattr(self, argument)))
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Relay"]:
@@ -100,7 +96,7 @@ class Relay:
         missing = -length % devices
         steps = jax.tree.map(lambda x: _longer(x, missing), steps)
         plan = _Plan(
-            dataclasses.replace(self, axis=_names(self.axis) if devices > 1 else ()),
+            dataclasses.replace(self, axis=axis_names(self.axis) if devices > 1 else ()),
             steps.key.ndim - 3, implementation, chunk_size, interpreted(),
         )  # fmt: skip
         out, state = _run(plan, steps, state)
@@ -205,7 +201,7 @@ def _run(plan: _Plan, steps: Steps, state: Array) -> tuple[Array, Array]:
     specs = jax.tree.map(lambda _: shared, steps)._replace(query=grouped)
     body = jax.shard_map(
         functools.partial(_on_device, plan),
-        mesh=_auto(plan.relay.mesh),
+        mesh=automatic(plan.relay.mesh),
         in_specs=(specs, alone),
         out_specs=(grouped, alone),
         check_vma=False,  # kernels do not say over what their results vary
@@ -215,7 +211,7 @@ def _run(plan: _Plan, steps: Steps, state: Array) -> tuple[Array, Array]:
 
 def _on_device(plan: _Plan, steps: Steps, state: Array) -> tuple[Array, Array]:
     """What one device does with its steps."""
-    axis = _names(plan.relay.axis)
+    axis = axis_names(plan.relay.axis)
     solve = functools.partial(
         recurrence.solve, implementation=plan.implementation, chunk_size=plan.chunk_size
     )
@@ -288,15 +284,3 @@ def _moved(x: Array, axis: tuple[str, ...], devices: int, reach: int) -> Array:
 def _longer(x: Array, missing: int) -> Array:
     """Steps behind the last that neither write, decay nor erase."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]) if missing else x
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _auto(mesh: Any) -> Any:
-    """Around our own cuts the compiler decides, whatever the caller's mesh says of types."""
-    types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
-    if isinstance(mesh, jax.sharding.Mesh):
-        return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-    return mesh.update(axis_types=types)
