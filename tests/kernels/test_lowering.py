@@ -11,6 +11,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 import attnlab
 from attnlab import masks, normalizers, scores
+from attnlab.distributed.s2_attention import Shards
+from attnlab.distributed.star_attention import StarMask
 from tests.kernels import cases
 
 pytestmark = pytest.mark.filterwarnings(
@@ -64,6 +66,8 @@ def structures():
         "segments": {"mask": masks.Segments(ids(B, T), key_ids) & masks.Causal()},
         "padding": {"mask": masks.KeyPadding(lengths) & masks.QueryPadding(lengths)},
         "strided": {"mask": masks.Strided(3, 1)},
+        "star": {"mask": StarMask(64, 48, 200) | StarMask(32, 8, lengths)},
+        "shards": {"mask": Shards(ids(N), 2, 64, 2)},
         "blocks": {
             "mask": masks.Blocks(jnp.ones((B, N, 3, 5), jnp.bool_), (128, 128)) & masks.Causal()
         },

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import attention, masks, testing
+from attnlab import attention, masks
 from attnlab.core.kernels import interpret
 from attnlab.distributed.across import over
 from attnlab.distributed.s2_attention import DENSE, S2Attention, Shards, s2_attention, shares
@@ -100,13 +100,6 @@ def test_tiles_are_known_of_every_head(sizes, offsets):
             assert some[n, r, c] == tile.any() and every[n, r, c] == tile.all()
             assert union[0][r, c] or not tile.any()
             assert tile.all() or not union[1][r, c]
-
-
-def test_the_laboratory_has_no_objection_to_the_mask():
-    report = testing.check_mask(
-        made(3, 3, near=2), num_queries=16, num_keys=16, implementations=["blockwise"]
-    )
-    assert report.ok, str(report)
 
 
 def both_ways(attend, **options):
