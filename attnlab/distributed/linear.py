@@ -20,10 +20,10 @@ Lengths that the devices do not divide are filled up; JAX then keeps no array of
 Within `attnlab.distributed.over` every mechanism that ends in the recurrence is computed so, the
 two writes of RWKV-7 and what a token reads of itself included.  Other loops over time are left to
 the compiler, which in `jax.jit` partitions them as their inputs are cut, and gives the same
-numbers.  It sends the W - 1 last tokens for a short convolution, and a row for each level of a scan
-for running maxima and sums (Latte, Performer, efficient attention, log-normal attention), twice
-log2 T in all; for the plain cumulative sums of inline attention it gathers what is summed, and in
-the loop over blocks of NATS, where each block goes round all devices, their steps.
+numbers.  It sends the last W - 1 tokens for a short convolution, and a few rows for each level of
+the scans of running maxima and sums (Latte, Performer, efficient attention, log-normal attention);
+what inline attention sums cumulatively, it gathers.  Loops over blocks, as in NATS, send states
+round once for every block.
 """
 
 import contextlib
