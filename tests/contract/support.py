@@ -31,25 +31,35 @@ def runs(entry) -> list[tuple[str, str]]:
 
 
 def subjects(kind: str) -> list:
-    """Every entry of a kind in each implementation and dtype, as pytest takes them.
-
-    In bfloat16, `jax.nn` and kernels round by rules that their own tests pin down once for all
-    mechanisms; those are left to `make slow` and `make support`.
-    """
+    """Every entry of a kind in each implementation and dtype, as pytest takes them."""
     import pytest
 
     from attnlab import atlas
 
-    def marks(implementation: str, dtype: str) -> list:
-        elsewhere = implementation in ("xla", "cudnn", "triton") and dtype != "float32"
-        return [pytest.mark.slow] if elsewhere else []
-
     return [
-        pytest.param(entry, name, dtype, id=f"{id}-{name}-{dtype}", marks=marks(name, dtype))
+        pytest.param(entry, name, dtype, id=f"{id}-{name}-{dtype}")
         for id, entry in atlas.entries().items()
         if entry.kind == kind
         for name, dtype in runs(entry)
     ]
+
+
+# What a kernel does of its own for a mechanism; the rest its own tests show once for all.
+OF_KERNELS = (
+    "within budget", "gradient vs float64", "masked keys have no influence", "finite at extremes",
+    "bad input raises",
+)  # fmt: skip
+
+
+def left_to_slow(implementation: str, dtype: str, name: str) -> bool:
+    """Whether a property is examined by `make slow` and `make support` only.
+
+    `jax.nn` and kernels round bfloat16, and kernels are compiled, batched and repeated, by rules
+    that their own tests pin down once for all mechanisms.
+    """
+    if implementation in ("xla", "cudnn", "triton") and dtype != "float32":
+        return True
+    return implementation == "triton" and name not in OF_KERNELS
 
 
 def promises(entry) -> dict:
