@@ -1,15 +1,14 @@
 """The page of benchmarks: verdicts beside targets, long tables shut, measured before counted."""
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-_spec = importlib.util.spec_from_file_location(
-    "page_bench", ROOT / "book" / "tools" / "page_bench.py"
-)
-page_bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(page_bench)
+sys.path.insert(0, str(Path(__file__).parent.parent / "book" / "tools"))
+page_bench = importlib.import_module("page_bench")
+bench_tables = importlib.import_module("bench_tables")
+sys.path.pop(0)
 
 
 def record(count, **more):
@@ -50,3 +49,44 @@ def test_what_was_measured_stands_before_what_was_counted(tmp_path):
 
 def test_no_record_says_how_to_make_one(tmp_path):
     assert "attnlab bench memory --save" in page_bench.pages(tmp_path)["bench.md"]
+
+
+def test_words_stand_to_the_left_and_numbers_to_the_right():
+    rows = [{"who": "ours", "x": 0.5, "best": "1.2"}, {"who": "", "x": 2, "best": "best"}]
+    assert bench_tables.grid(["who", "x", "best"], rows)[1] == "| :-- | --: | --: |"
+    assert bench_tables.heads([{"target": "", "a": 1}, {"note": "", "b": 2}]) == ["a", "b", "note"]
+
+
+def test_a_claim_is_a_paragraph_with_its_verdict_as_a_badge():
+    cells = {"mechanism": "cope", "claim": "counts", "paper": "1 %", "seeds": 2}
+    rows = [
+        {"cells": cells | {"ours": "2 %", "verdict": "holds here"}},
+        {"cells": cells | {"ours": "short 2 %; long 3 %", "verdict": "1 of 2 seeds"}},
+    ]
+    lines = page_bench.form({"rows": rows})
+    assert "**Counts** {bdg-success}`holds here`" in lines
+    assert '- *<a href="atlas/cope.html">cope</a>, the paper:* 1 %' in lines
+    assert "- *here, 2 seeds:* 2 %" in lines
+    at = lines.index("**Counts** {bdg-warning}`1 of 2 seeds`")
+    assert lines[at + 3 : at + 6] == ["- *here, 2 seeds:*", "  - short 2 %", "  - long 3 %"]
+
+
+def test_the_league_shows_the_first_and_says_who_was_not_trained():
+    last = bench_tables.LEADERS
+    same = {"family": "linear", "parameters": "5"}
+    rows = [
+        {"cells": {"mechanism": f"M{n}", "loss": f"{n}"} | same, "detail": {"key": f"m{n}"}}
+        for n in range(last + 1)
+    ]
+    rows[-1]["cells"] |= {"note": "no positions", "parameters": "12"}
+    refused = {"mechanism": "Other", "family": "dense", "note": "not causal"}
+    rows.append({"cells": refused, "detail": {"key": "other"}})
+    lines = page_bench.form({"name": "quality", "rows": rows})
+    assert lines[2] == "All have 5 to 12 parameters."
+    shut = lines.index(":::{dropdown} The other 1")
+    assert lines[shut - 2] == bench_tables.bars([bench_tables.name(rows[last - 1]), str(last - 1)])
+    assert lines[shut + 4].startswith(
+        '| <a href="atlas/m20.html" title="linear">M20</a> <sup>1</sup>'
+    )
+    assert lines[-3] == "- <sup>1</sup> no positions"
+    assert lines[-2].startswith("- Not trained (not causal): <a ")

@@ -1,7 +1,13 @@
-"""The benchmarks: the records that `attnlab bench NAME --save book/data/bench` left there."""
+"""The benchmarks: the records that `attnlab bench NAME --save book/data/bench` left there.
+
+A record is a table, shut where it is long.  Two are made for reading: claims of papers, each a
+paragraph with its verdict, and the league of mechanisms, the first of them in sight.
+"""
 
 import json
 import pathlib
+
+from bench_tables import claims, grid, heads, league, number
 
 MISSING = """Nothing was kept yet: `attnlab bench memory --save book/data/bench` keeps a table, and
 the next `make html` shows it here.
@@ -38,9 +44,18 @@ def section(record: dict, path: pathlib.Path) -> str:
     notes = record.get("notes") or record.get("note") or []
     notes = [notes] if isinstance(notes, str) else notes
     return "\n".join(
-        [f"## {title}", "", f"*{where}*" if where else "", "", *tables(record), "",
+        [f"## {title}", "", f"*{where}*" if where else "", "", *form(record), "",
          *(f"- {note}" for note in notes), "", f"`attnlab bench {command}`", ""]
     )  # fmt: skip
+
+
+def form(record: dict) -> list[str]:
+    """The rows of a record in the form that suits them."""
+    rows = record["rows"]
+    if rows and all({"claim", "verdict"} <= row["cells"].keys() for row in rows):
+        return claims(rows)
+    lines = league(rows) if record.get("name") == "quality" else tables(record)
+    return ["::::::{div} numbers", "", *lines, "::::::"]
 
 
 def tables(record: dict) -> list[str]:
@@ -53,36 +68,12 @@ def tables(record: dict) -> list[str]:
         {**row["cells"], "target": f"{row['target']} {marks[row['passed']]}".strip()}
         for row in record["rows"]
     ]
-    found = dict.fromkeys(name for row in rows for name in row)
-    last = [name for name in ("note", "target") if name in found]
-    columns = [name for name in found if name not in last] + last
+    columns = heads(rows)
     if len(rows) <= LONG:
         return ["", *grid(columns, rows)]
     values = {name: {row.get(name, "") for row in rows} for name in columns}
-    same = {name: found.pop() for name, found in values.items() if len(found) == 1}
+    same = {name: given.pop() for name, given in values.items() if len(given) == 1}
     said = [f"{name} {number(value)}" for name, value in same.items() if value != ""]
     above = [f"All rows: {', '.join(said)}.", ""] if said else []
     table = grid([name for name in columns if name not in same], rows)
     return [*above, f":::{{dropdown}} The table, {len(rows)} rows", "", *table, ":::"]
-
-
-def grid(columns: list[str], rows: list[dict]) -> list[str]:
-    """These columns of the rows as lines of Markdown."""
-    body = [bars([row.get(name, "") for name in columns]) for row in rows]
-    return [bars(columns), bars(["--:"] * len(columns)), *body]
-
-
-def bars(cells: list) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(map(number, cells)) + " |"
-
-
-def number(value: object) -> str:
-    """Numbers with at most four significant digits and thousands set apart."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return str(value).replace("|", "\\|")
