@@ -28,9 +28,11 @@ from attnlab.core.modules import Mechanism
 from attnlab.distributed.across import over
 
 
-def device_ring() -> Mesh:
-    """All devices in one mesh axis, "ring"."""
-    return jax.make_mesh((jax.device_count(),), ("ring",), axis_types=(jax.sharding.AxisType.Auto,))
+def device_ring(most: int | None = None) -> Mesh:
+    """All devices, or `most` of them, in one mesh axis, "ring"."""
+    devices = jax.devices()[:most]
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("ring",), devices=devices, axis_types=axis_types)
 
 
 def ring_attention(
@@ -117,7 +119,7 @@ class RingAttention(Mechanism):
 
 
 def _build(num_heads: int, head_width: int, *, rngs: nnx.Rngs) -> RingAttention:
-    return RingAttention(layout="zigzag")
+    return RingAttention(device_ring(2), layout="zigzag")
 
 
 ENTRY = Entry(
