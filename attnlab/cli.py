@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _settings = {"debug": False}
+MESH = "Several devices and processes"
 
 
 @app.callback()
@@ -67,18 +68,36 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _fail(message: str, code: int) -> None:
+    _print_error(message)
+    raise typer.Exit(code)
+
+
+def _print_error(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
     line = Text.assemble(("error: ", "bold red"), message)
     Console(stderr=True, soft_wrap=True).print(line)
-    raise typer.Exit(code)
 
 
-def _console(stderr: bool = False):
+def _tell(error: BaseException) -> int:
+    """Tells an error of one of several processes, and gives its exit code."""
+    code = 130 if isinstance(error, KeyboardInterrupt) else None
+    if isinstance(error, Exception):
+        code = _exit_code(error)
+    if _settings["debug"] or code is None:
+        import traceback
+
+        traceback.print_exception(error)
+        return code or 1
+    _print_error(" ".join(str(error).split()) or type(error).__name__)
+    return code
+
+
+def _console(stderr: bool = False, quiet: bool = False):
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, quiet=quiet)
 
 
 @command("atlas")
@@ -166,11 +185,55 @@ def train(
     ] = None,
     implementation: Annotated[str, typer.Option(help="How attention is computed.")] = "auto",
     sample_length: Annotated[int, typer.Option(min=0, help="Characters to show at the end.")] = 200,
+    feed_forward_chunk: Annotated[
+        int | None, typer.Option(help="Positions of the MLP at a time: less memory, same numbers.")
+    ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="As data x sequence, such as 2x4.", rich_help_panel=MESH)
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Attention across a mesh: ring or heads.", rich_help_panel=MESH)
+    ] = "ring",
+    layout: Annotated[
+        str, typer.Option(help="contiguous, striped or zigzag.", rich_help_panel=MESH)
+    ] = "contiguous",
+    cut_state: Annotated[
+        bool,
+        typer.Option("--cut-state", help="Cut parameters over data too.", rich_help_panel=MESH),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            help="host:port of process 0.", envvar="ATTNLAB_COORDINATOR", rich_help_panel=MESH
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="How many run this command.", envvar="ATTNLAB_PROCESSES", rich_help_panel=MESH
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(
+            help="Which one this is, from 0.", envvar="ATTNLAB_PROCESS_ID", rich_help_panel=MESH
+        ),
+    ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(help="Seconds until a silent process is gone.", rich_help_panel=MESH),
+    ] = 20.0,
 ) -> None:
     """Train a small language model, character by character.
 
     Defaults: bam on shakespeare, 4 layers of width 128, context 256, 2000 steps; about what two
     CPU cores do in several minutes.
+
+    --mesh 2x4 cuts the rows of a batch over two devices, and the positions of a row over four
+    (JAX_NUM_CPU_DEVICES=8 makes eight of a CPU); a run may be resumed on any other mesh, or on
+    none. With --coordinator, --processes and --process-id the same command, run once per process
+    and with a folder that all of them see, makes one run. Where a process dies the others say so
+    and stop, with exit code 75; --resume goes on with those that remain.
     """
     options: dict[str, dict[str, Any]] = {
         "data": {"source": data},
@@ -182,6 +245,7 @@ def train(
             "num_kv_heads": kv_heads,
             "gated": gated,
             "dropout_rate": dropout,
+            "feed_forward_chunk": feed_forward_chunk,
         },
         "train": {
             "steps": steps,
@@ -198,52 +262,91 @@ def train(
         for part, values in options.items()
     }
     resume = resume or resume_step is not None
-    from attnlab.training.checkpoint import RunFolder
-    from attnlab.training.language import train_language_model
-    from attnlab.training.reporter import Reporter
+    if resume and checkpoint_dir is None:
+        raise ValueError("--resume: needs --checkpoint-dir, the folder of the run.")
+    from attnlab.distributed.processes import is_first, together
 
-    console = _console()
-    folder: RunFolder | None = None
-    if resume:
-        if checkpoint_dir is None:
-            raise ValueError("--resume: needs --checkpoint-dir, the folder of the run.")
-        folder = RunFolder.open(checkpoint_dir)
-        config = folder.config
-        _check_agreement(given, config)
-        corpus = _corpus(config.data.source)
-        found = folder.steps()
-        at = resume_step if resume_step is not None else (found[-1] if found else 0)
-        which = folder.folder(at) if found else "the start: no checkpoint was finished"
-        done = ", which is its end" if at == config.train.steps else ""
-        text = f"resuming at step {at} of {config.train.steps}{done}, from {which}"
-        console.print(text, soft_wrap=True, highlight=False)
-    else:
+    with together(coordinator, processes, process_id, patience=patience, tell=_tell):
+        from attnlab.training.language import train_language_model
+        from attnlab.training.reporter import Reporter
+
+        console = _console(quiet=not is_first())
+        spread = _mesh(mesh, method=method, layout=layout, cut_state=cut_state)
+        folder, config, corpus = _run_to_train(
+            given, console, checkpoint_dir, resume, resume_step, spread
+        )
+        model_text = f"{config.model.num_layers} layers × {config.model.features} features"
+        console.print(
+            f"{config.model.attention} on {corpus.name}: {len(corpus.train):,} characters to train"
+            f" on, {model_text}, context {config.train.context}",
+            soft_wrap=True,
+        )
+        with Reporter(console) as reporter:
+            model, _ = train_language_model(
+                corpus,
+                config,
+                folder=folder,
+                save_every=checkpoint_every,
+                resume=resume,
+                step=resume_step,
+                evaluate_every=evaluate_every,
+                implementation=implementation,
+                mesh=spread,
+                report=reporter,
+            )
+        if is_first():
+            _show_result(console, model, corpus.vocabulary, sample_length, checkpoint_dir)
+
+
+def _mesh(text: str | None, **options: Any) -> Any:
+    """The mesh that "2x4" means; by default all devices of several processes share the rows."""
+    import jax
+
+    from attnlab.training.mesh import MeshConfig
+
+    if text is None:
+        several = jax.process_count() > 1
+        return MeshConfig(jax.device_count(), **options) if several else None
+    data, cross, sequence = text.partition("x")
+    if not (cross and data.isdigit() and sequence.isdigit()):
+        raise ValueError(f"--mesh: expected data x sequence, such as 2x4, got {text!r}.")
+    return MeshConfig(int(data), int(sequence), **options)
+
+
+def _run_to_train(given, console, checkpoint_dir, resume, resume_step, spread):
+    """The folder, configuration and corpus of a run, begun or found."""
+    from attnlab.distributed.processes import barrier, is_first
+    from attnlab.training.checkpoint import RunFolder
+
+    if not resume:
         corpus = _corpus(given["data"].get("source", "shakespeare"))
         config = _new_config(given, corpus)
         _check_run(config, corpus)
-        if checkpoint_dir is not None:
-            folder = RunFolder.create(checkpoint_dir, config)
-    model_text = f"{config.model.num_layers} layers × {config.model.features} features"
-    console.print(
-        f"{config.model.attention} on {corpus.name}: {len(corpus.train):,} characters to train on,"
-        f" {model_text}, context {config.train.context}",
-        soft_wrap=True,
-    )
-    with Reporter(console) as reporter:
-        model, _ = train_language_model(
-            corpus,
-            config,
-            folder=folder,
-            save_every=checkpoint_every,
-            resume=resume,
-            step=resume_step,
-            evaluate_every=evaluate_every,
-            implementation=implementation,
-            report=reporter,
-        )
+        if spread is not None:
+            spread.check(config)
+        if checkpoint_dir is None:
+            return None, config, corpus
+        if is_first():
+            RunFolder.create(checkpoint_dir, config)
+        barrier("a folder for the run")
+        return RunFolder.open(checkpoint_dir), config, corpus
+    folder = RunFolder.open(checkpoint_dir)
+    config = folder.config
+    _check_agreement(given, config)
+    corpus = _corpus(config.data.source)
+    found = folder.steps()
+    at = resume_step if resume_step is not None else (found[-1] if found else 0)
+    which = folder.folder(at) if found else "the start: no checkpoint was finished"
+    done = ", which is its end" if at == config.train.steps else ""
+    text = f"resuming at step {at} of {config.train.steps}{done}, from {which}"
+    console.print(text, soft_wrap=True, highlight=False)
+    return folder, config, corpus
+
+
+def _show_result(console, model, vocabulary, sample_length, checkpoint_dir) -> None:
     if sample_length:
-        console.print(_sample(model, corpus.vocabulary, None, sample_length), markup=False)
-    if folder is None:
+        console.print(_sample(model, vocabulary, None, sample_length), markup=False)
+    if checkpoint_dir is None:
         console.print("nothing was saved; --checkpoint-dir DIR keeps a run", style="dim")
     else:
         console.print(

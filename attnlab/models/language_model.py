@@ -76,7 +76,8 @@ class CausalLM(nnx.Module):
     makes one; it is called once per layer, so that layers learn their own priors.  The MLP is
     `mlp_ratio` times as wide as the model and gated on request.  `conv_width` is that of the short
     convolution before each mechanism, by default the mechanism's own.  With `tie_embeddings` the
-    matrix that reads tokens also writes logits.
+    matrix that reads tokens also writes logits.  With `feed_forward_chunk` the MLP holds the hidden
+    layer of so many positions at a time and computes it again in the backward pass.
 
     Raises ValueError for sizes that are not positive, `features` that `num_heads` does not
     divide, a dropout rate outside [0, 1), an unknown id, or a mechanism that is not causal.
@@ -96,11 +97,14 @@ class CausalLM(nnx.Module):
         dropout_rate: float = 0.0,
         tie_embeddings: bool = False,
         conv_width: int | None = None,
+        feed_forward_chunk: int | None = None,
         implementation: str = "auto",
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         _check_sizes(vocab_size, num_layers, features, num_heads, num_kv_heads, dropout_rate)
+        if feed_forward_chunk is not None and feed_forward_chunk < 1:
+            raise ValueError(f"feed_forward_chunk: expected at least 1, got {feed_forward_chunk}.")
         head_width = features // num_heads
         self.vocab_size = vocab_size
         self.features = features
@@ -124,6 +128,7 @@ class CausalLM(nnx.Module):
                 dropout_rate=dropout_rate,
                 output_scale=(2 * num_layers) ** -0.5,
                 conv_width=conv_width,
+                feed_forward_chunk=feed_forward_chunk,
                 implementation=implementation,
                 dtype=dtype,
                 rngs=rngs,

@@ -3,14 +3,18 @@
 Axes: *B batch, T tokens, F features.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
 import attnlab
+from attnlab.core import attention as front
 from attnlab.core.masks import Mask
 from attnlab.core.modules import RMSNorm
 from attnlab.dense.deconstructing_attention import attend_by
@@ -27,7 +31,13 @@ def dropout(
 
 
 class FeedForward(nnx.Module):
-    """The MLP of a block: W2 gelu(W1 x), or W2 (gelu(W1 x) * W3 x) when gated."""
+    """The MLP of a block: W2 gelu(W1 x), or W2 (gelu(W1 x) * W3 x) when gated.
+
+    With `chunk` so many positions are computed at a time, and again in the backward pass, so that
+    the hidden layer of a chunk is all that is ever held (Liu & Abbeel, 2023, arXiv:2305.19370); the
+    numbers are the same.  Where attention is spread over a mesh (`attnlab.distributed.over`) each
+    device takes its own positions chunk by chunk.
+    """
 
     def __init__(
         self,
@@ -35,10 +45,14 @@ class FeedForward(nnx.Module):
         hidden: int,
         *,
         gated: bool = False,
+        chunk: int | None = None,
         output_scale: float = 1.0,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk: expected at least 1 position, got {chunk}.")
+        self.chunk = chunk
         inner = nnx.initializers.normal(features**-0.5)
         outer = nnx.initializers.normal(output_scale * hidden**-0.5)
         self.expand = nnx.Linear(
@@ -55,10 +69,54 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         """The same shape as `x`."""
+        chunk = self.chunk
+        if chunk is None:
+            return self._whole(x)
+        graph, params = nnx.split(self)
+
+        def by_chunks(params: Any, x: Array) -> Array:
+            one = jax.checkpoint(lambda part: nnx.merge(graph, params)._whole(part))
+            return in_chunks(one, x, chunk)
+
+        across = front.spread.get()
+        if across is None or x.ndim != 3:
+            return by_chunks(params, x)
+        return _within_shards(across, by_chunks, params, x)
+
+    def _whole(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         hidden = jax.nn.gelu(self.expand(x))
         if self.gate is not None:
             hidden = hidden * self.gate(x)
         return self.contract(hidden)
+
+
+def in_chunks(
+    function: Callable[[Array], Array], x: Float[Array, "*B T F"], chunk: int
+) -> Float[Array, "*B T F"]:
+    """`function`, which treats every position alike, of so many positions at a time."""
+    length = x.shape[-2]
+    if length <= chunk:
+        return function(x)
+    whole = length - length % chunk
+    parts = x[..., :whole, :].reshape(*x.shape[:-2], -1, chunk, x.shape[-1])
+    done = jax.lax.map(function, jnp.moveaxis(parts, -3, 0))
+    done = jnp.moveaxis(done, 0, -3).reshape(*x.shape[:-2], whole, -1)
+    if whole == length:
+        return done
+    return jnp.concatenate([done, function(x[..., whole:, :])], axis=-2)
+
+
+def _within_shards(
+    across: Any, function: Callable[[Any, Array], Array], params: Any, x: Float[Array, "B T F"]
+) -> Float[Array, "B T F"]:
+    """`function` of the positions that each device of the mesh has, so that none moves."""
+    spec = across.spec("B T F")
+    length, shards = x.shape[1], math.prod(across.mesh.shape[name] for name in across.sequence)
+    x = jnp.pad(x, [(0, 0), (0, -length % shards), (0, 0)])
+    cut = jax.shard_map(
+        function, mesh=across.mesh, in_specs=(PartitionSpec(), spec), out_specs=spec
+    )
+    return cut(params, x)[:, :length]
 
 
 class Block(nnx.Module):
@@ -80,6 +138,7 @@ class Block(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
         conv_width: int | None = None,
+        feed_forward_chunk: int | None = None,
     ):
         self.attention_norm = RMSNorm(features)
         self.attention = attnlab.MultiHeadAttention(
@@ -97,7 +156,13 @@ class Block(nnx.Module):
         self.attention.out.kernel[...] *= output_scale
         self.mlp_norm = RMSNorm(features)
         self.mlp = FeedForward(
-            features, hidden, gated=gated, output_scale=output_scale, dtype=dtype, rngs=rngs
+            features,
+            hidden,
+            gated=gated,
+            chunk=feed_forward_chunk,
+            output_scale=output_scale,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.dropout_rate = dropout_rate
 

@@ -5,13 +5,16 @@ from attnlab.training.config import DataConfig, ModelConfig, RunConfig, TrainCon
 from attnlab.training.distill import distill
 from attnlab.training.language import load_run, train_language_model
 from attnlab.training.loop import History, fit
+from attnlab.training.mesh import MeshConfig, Placement
 from attnlab.training.optimizer import make_optimizer
 
 __all__ = [
     "CheckpointError",
     "DataConfig",
     "History",
+    "MeshConfig",
     "ModelConfig",
+    "Placement",
     "RunConfig",
     "RunFolder",
     "TrainConfig",

@@ -9,6 +9,10 @@ only after that: a run killed at any moment, or a disk that fills up, leaves the
 checkpoint as it was.  A folder without a receipt was never finished and does not count.  Nothing
 else is passed over silently: a checkpoint whose files are not those in its receipt is an error that
 names it, and names the newest one that is whole.
+
+Arrays that lie on a mesh are written by the processes that hold them, all at once, into one folder
+that all of them see; the first process writes the receipt.  A checkpoint does not know of meshes:
+it is restored onto whichever one the state it is restored into lies on.
 """
 
 import contextlib
@@ -28,10 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.distributed import processes
 from attnlab.training.config import RunConfig
 from attnlab.training.loop import History, TrainState
 
 CONFIG_FILE = "config.json"
+LONGEST_WAIT = 300  # seconds that a process waits for the others to write their parts
 RECEIPT = re.compile(r"step-(\d{8})\.json")
 UNFINISHED = re.compile(r"step-\d{8}\..*orbax-checkpoint-tmp.*")
 
@@ -102,36 +108,44 @@ class RunFolder:
     def save(self, state: TrainState, history: History) -> Path:
         """Writes a checkpoint, waits until it is whole, then removes those beyond `keep`.
 
+        Of several processes each has to call it.
+
         Raises CheckpointError, naming the checkpoint that failed and the newest good one.
         """
-        import orbax.checkpoint as ocp
-
         step, arrays = int(state.step), _named(state)
         target = self.folder(step)
         try:
-            self.receipt(step).unlink(missing_ok=True)
-            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            if processes.is_first():
+                self.receipt(step).unlink(missing_ok=True)
+            with _quiet(), _checkpointer() as checkpointer:
                 checkpointer.save(target, arrays, force=True)
                 checkpointer.wait_until_finished()
-            receipt = {
-                "step": step,
-                "files": {name: _fingerprint(file) for name, file in _files(target).items()},
-                "arrays": {name: _kind(array) for name, array in arrays.items()},
-                "losses": history.losses,
-                "evaluations": history.evaluations,
-            }
-            _write(self.receipt(step), json.dumps(receipt))
+            if processes.is_first():
+                self._finish(step, arrays, history)
+            processes.barrier(f"checkpoint of step {step}", float(LONGEST_WAIT))
         except Exception as error:  # orbax and tensorstore raise many kinds
-            self._sweep()
-            shutil.rmtree(target, ignore_errors=True)
+            if processes.is_first():
+                self._sweep()
+                shutil.rmtree(target, ignore_errors=True)
             raise CheckpointError(
                 f"{target} could not be written: {_brief(error)}. {self._last_good()}"
             ) from error
-        self._sweep()
-        for old in self.steps()[: -self.keep]:
-            self.receipt(old).unlink(missing_ok=True)
-            shutil.rmtree(self.folder(old), ignore_errors=True)
+        if processes.is_first():
+            self._sweep()
+            for old in self.steps()[: -self.keep]:
+                self.receipt(old).unlink(missing_ok=True)
+                shutil.rmtree(self.folder(old), ignore_errors=True)
         return target
+
+    def _finish(self, step: int, arrays: dict[str, Any], history: History) -> None:
+        receipt = {
+            "step": step,
+            "files": {name: _fingerprint(at) for name, at in _files(self.folder(step)).items()},
+            "arrays": {name: _kind(array) for name, array in arrays.items()},
+            "losses": history.losses,
+            "evaluations": history.evaluations,
+        }
+        _write(self.receipt(step), json.dumps(receipt))
 
     def check(self, step: int) -> dict[str, Any]:
         """The receipt of a checkpoint, after comparing every file with it.
@@ -162,11 +176,11 @@ class RunFolder:
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, History]:
         """The newest checkpoint, or that of `step`, as a state shaped `like` the given one.
 
+        Each array comes to lie where that of `like` does, wherever it lay when it was saved.
+
         Raises CheckpointError where there is none, or where it is damaged or of another model; it
         never takes another than the one asked for.
         """
-        import orbax.checkpoint as ocp
-
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self.path} holds no finished checkpoint.")
@@ -188,13 +202,14 @@ class RunFolder:
                     f" expected {here or 'nothing by that name'}."
                 )
         try:
-            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-                saved = checkpointer.restore(self.folder(step), expected)
+            with _quiet(), _checkpointer() as checkpointer:
+                wanted = {name: _where(array) for name, array in expected.items()}
+                saved = checkpointer.restore(self.folder(step), wanted)
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise CheckpointError(
                 f"{self.folder(step)} cannot be read: {_brief(error)}."
             ) from error
-        leaves = [jnp.asarray(saved[name]) for name in expected]
+        leaves = [x if _on_mesh(x) else jnp.asarray(x) for x in map(saved.get, expected)]
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         evaluations = [(int(at), float(loss)) for at, loss in receipt["evaluations"]]
         return state, History(list(receipt["losses"]), evaluations)
@@ -219,13 +234,33 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
 
 
-def _named(tree: Any) -> dict[str, np.ndarray]:
-    """The leaves of a pytree, in order, by their path."""
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer(async_options=ocp.AsyncOptions(timeout_secs=LONGEST_WAIT))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree, in order, by their path; NumPy's where they lie on no mesh."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path): leaf if _on_mesh(leaf) else np.asarray(leaf)
+        for path, leaf in leaves
+    }
 
 
-def _kind(array: np.ndarray) -> str:
+def _on_mesh(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+
+
+def _where(array: Any) -> Any:
+    """What orbax is to restore: an array of this process, or parts of one on a mesh."""
+    if not _on_mesh(array):
+        return array
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _kind(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 

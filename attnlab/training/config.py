@@ -25,6 +25,7 @@ class ModelConfig:
     gated: bool = False
     dropout_rate: float = 0.0
     tie_embeddings: bool = False
+    feed_forward_chunk: int | None = None
 
     def build(
         self,

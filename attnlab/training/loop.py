@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab.training.config import TrainConfig
+from attnlab.training.mesh import Placement
 from attnlab.training.optimizer import make_optimizer
 
 LONGEST_CALL = 50  # steps
@@ -63,23 +64,29 @@ def fit(
     save_every: int | None = None,
     restore: Callable[[TrainState], tuple[TrainState, History]] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
+    placement: Placement | None = None,
 ) -> History:
     """Trains `model` in place for `config.steps` steps and returns what happened.
 
     `draw(data, key)` makes a batch and `loss(model, batch, dropout_key)` its scalar loss; both are
     traced.  `evaluate(model)` is called every `evaluate_every` steps and at the end, `save(state,
     history)` every `save_every` steps and at the end; `restore(state)` returns the state to start
-    from.  Raises FloatingPointError as soon as a loss is not finite.
+    from.  With `placement` the state and the data lie on its mesh and attention goes across it;
+    the model ends with arrays of this process alone.  Raises FloatingPointError as soon as a loss
+    is not finite.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = make_optimizer(config)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     history = History()
+    if placement is not None:
+        state = placement.put(state, placement.state(state))
+        data, rest = placement.put(data), jax.tree.map(np.asarray, rest)
     if restore is not None:
         state, history = restore(state)
     # The compiled program gives its input's memory away: it must own it, also the model's.
     state = jax.tree.map(jnp.copy, state)
-    advance = _compile(graph, rest, optimizer, loss, draw, config)
+    advance = _compile(graph, rest, optimizer, loss, draw, config, placement, state)
     step, pace = int(state.step), 1  # the first call also compiles
     while step < config.steps:
         count = _steps_until_stop(step, pace, config.steps, evaluate_every, save_every)
@@ -105,12 +112,16 @@ def fit(
             save(state, history)
         tokens = count * config.batch_size * config.context
         report(Progress(step, config.steps, history.losses[-1], tokens / seconds, evaluation))
-    nnx.update(model, state.params)
+    nnx.update(model, state.params if placement is None else placement.gathered(state.params))
     return history
 
 
-def _compile(graph, rest, optimizer, loss, draw, config):
-    @partial(jax.jit, donate_argnums=0)
+def _compile(graph, rest, optimizer, loss, draw, config, placement, state):
+    options = {}
+    if placement is not None:
+        options["out_shardings"] = (placement.state(state), placement.whole(0))
+
+    @partial(jax.jit, donate_argnums=0, **options)
     def advance(state, data, count):
         root = jax.random.key(config.seed)
 
@@ -120,7 +131,8 @@ def _compile(graph, rest, optimizer, loss, draw, config):
             batch = draw(data, batch_key)
 
             def objective(params):
-                return loss(nnx.merge(graph, params, rest), batch, dropout_key)
+                fixed = jax.tree.map(jnp.asarray, rest)
+                return loss(nnx.merge(graph, params, fixed), batch, dropout_key)
 
             value, grads = jax.value_and_grad(objective)(state.params)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -131,7 +143,11 @@ def _compile(graph, rest, optimizer, loss, draw, config):
         empty = jnp.zeros((LONGEST_CALL,), jnp.float32)
         return jax.lax.fori_loop(0, count, one, (state, empty))
 
-    return advance
+    def across(*args):
+        with placement.attention(config.batch_size):
+            return advance(*args)
+
+    return advance if placement is None else across
 
 
 def _is_due(step: int, steps: int, every: int | None) -> bool:
