@@ -466,7 +466,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="memory, time, window, train, flash, linear, recall, quality, claims, or all."
+            help="memory, time, window, train, flash, linear, recall, quality, claims, "
+            "distributed, or all."
         ),
     ] = "all",
     save: Annotated[Path | None, typer.Option(help="Folder for the tables, as JSON.")] = None,
@@ -487,8 +488,9 @@ def bench(
         bool, typer.Option("--full", help="claims: the papers' own sizes where they can be had.")
     ] = False,
 ) -> None:
-    """Measure memory, time, windows, training, fused and linear attention, beside peers; and the
-    quality of all mechanisms under one budget, and what papers claim of theirs.
+    """Measure memory, time, windows, training, fused and linear attention, beside peers; the
+    quality of all mechanisms under one budget, and what papers claim of theirs; and what attention
+    across devices sends.
 
     Exit code 1 where a target was missed.
     """

@@ -13,6 +13,7 @@ from rich.console import Console
 from attnlab.bench import (
     BENCHMARKS,
     claims,
+    distributed,
     linear,
     memory,
     quality,
@@ -291,6 +292,7 @@ def small(monkeypatch):
     monkeypatch.setattr(linear, "QUICK", (64, 128))
     monkeypatch.setattr(recall, "QUICK", 3)
     monkeypatch.setattr(recall, "mechanisms", lambda: ["retnet", "deltanet"])
+    monkeypatch.setattr(distributed, "METHODS", distributed.METHODS[2:])
     monkeypatch.setattr(quality, "SOME", ("rope", "linformer"))
     monkeypatch.setattr(claims, "CLAIMS", {"energy-leak": claims.CLAIMS["energy-leak"]})
 

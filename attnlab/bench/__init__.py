@@ -1,5 +1,5 @@
-"""Measuring: memory, time, windows, training, fused and linear attention, beside peers; and what
-mechanisms learn.
+"""Measuring: memory, time, windows, training, fused and linear attention, beside peers; what
+mechanisms learn; and what attention across devices sends, holds and waits for.
 
     attnlab bench memory        python -m attnlab.bench memory [--quick] [--save FOLDER]
 
@@ -7,4 +7,7 @@ Every module has `run(save=None, quick=False)`, which prints a table and returns
 `quality` and `claims` take hours in full and go on where they were cut off: see `kept`.
 """
 
-BENCHMARKS = ("memory", "time", "window", "train", "flash", "linear", "recall", "quality", "claims")
+BENCHMARKS = (
+    "memory", "time", "window", "train", "flash", "linear", "recall", "quality", "claims",
+    "distributed",
+)  # fmt: skip

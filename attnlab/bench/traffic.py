@@ -51,8 +51,8 @@ def traffic(compiled: Any) -> Traffic:
       ValueError: a loop with a collective whose number of turns the compiler does not know.
     """
     computations, entry = _computations(compiled.as_text())
-    size: dict[str, float] = collections.Counter()
-    count: dict[str, int] = collections.Counter()
+    size: dict[str, float] = collections.defaultdict(float)
+    count: dict[str, int] = collections.defaultdict(int)
     for kind, sent, times in _collectives(computations, entry):
         size[kind] += sent * times
         count[kind] += times
@@ -78,9 +78,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _collectives(
-    computations: dict[str, list[str]], name: str
-) -> Iterator[tuple[str, float, int]]:
+def _collectives(computations: dict[str, list[str]], name: str) -> Iterator[tuple[str, float, int]]:
     for line in computations[name]:
         kind = next((k for k in KINDS if f" {k}(" in line or f" {k}-start(" in line), None)
         if kind is not None:
@@ -118,7 +116,7 @@ def _sent(kind: str, line: str) -> float:
     devices = _group(line)
     share = (devices - 1) / devices
     if kind == "reduce-scatter":
-        return sum(arrays) * (devices - 1)  # the operand is as often as large
+        return float(sum(arrays) * (devices - 1))  # the operand is as often as large
     return sum(arrays) * share * (2 if kind == "all-reduce" else 1)
 
 
