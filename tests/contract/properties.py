@@ -19,6 +19,7 @@ from attnlab import masks
 from attnlab.core.entry import RECURRENCE
 from attnlab.core.kernels import BACKENDS, interpret, missing
 from attnlab.core.past import Past
+from attnlab.distributed import over
 from tests import oracles
 from tests.compiled import temporaries
 from tests.contract.formulas import FORMULAS
@@ -532,6 +533,25 @@ def state_continues(subject: Subject, key):
             parts.append(as_float64(out))
             assert [x.shape for x in jax.tree.leaves(past)] == sizes, "the state changes its size"
         assert_reordered(np.concatenate(parts, 1), whole, subject.dtype, words=f"cut at {cuts}")
+
+
+@promise("With the sequence cut over two devices, the same numbers.", dtypes=("float32",))
+def sharded_equals_whole(subject: Subject, key):
+    if subject.implementation not in ("blockwise", "chunked"):
+        return "checked in blockwise and chunked"
+    arrays, seen = draw(key), subject.example()
+    devices, axis_types = jax.devices("cpu")[:2], (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("sequence",), devices=devices, axis_types=axis_types)
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "sequence"))
+
+    def run(state, *arrays):
+        return subject.call(state, *arrays, mask=subject.mask(seen.arrays))
+
+    with over(mesh, ring="sequence"):
+        parts = [jax.device_put(x, cut) for x in subject.cast(arrays)]
+        out = jax.jit(run)(subject.state, *parts)
+    assert_reordered(out, as_float64(subject.with_mask(arrays, seen)), subject.dtype)
+    return None
 
 
 @promise("Parallel, chunked and recurrent are the same function.")
