@@ -111,7 +111,7 @@ def kernel_limits(
     limit = term_limits(call, backend)
     if limit:
         return limit
-    for blocks in _block_sizes(call, backend, block_sizes):
+    for blocks in kernel_blocks(call, backend, block_sizes):
         limit = body(backend).block_limit(blocks)
         if limit:
             return str(limit)
@@ -177,13 +177,19 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class KernelFolds(Folds):
-    """The three folds, forward and backward by a kernel."""
+    """The three folds, forward and backward by a kernel.
+
+    `part`: results are some of several that are merged, and are left in float32.
+    """
 
     backend: str
     interpreted: bool
+    part: bool = False
 
     def _problem(self, x: Leaves, aux: dict[str, Any], blocks: tuple[int, int]) -> Problem:
-        return Problem(self.signature.call(x, aux), blocks, body(self.backend).padded_width)
+        problem = Problem(self.signature.call(x, aux), blocks, body(self.backend).padded_width)
+        problem.spec = dataclasses.replace(problem.spec, part=self.part)
+        return problem
 
     def forward(self, x: Leaves, aux: dict[str, Any]) -> tuple[Array, Array]:
         problem = self._problem(x, aux, self.signature.forward_blocks)
@@ -213,7 +219,7 @@ class KernelFolds(Folds):
         shared = problem.spec.program.shared
         if not shared:  # no lse carries a NaN to where it is seen: the key does
             inputs[1] = isolate_bad(x[1], x[2])[0]
-        (query, key, value, leaves), pull = jax.vjp(problem.prepare, *inputs, x[3:])
+        query, key, value, leaves = problem.prepare(inputs[0], inputs[1], inputs[2], x[3:])
         some, every = problem.tables()
         turned = np.swapaxes if isinstance(some, np.ndarray) else jnp.swapaxes
         arrays = Arrays(
@@ -234,7 +240,9 @@ class KernelFolds(Folds):
                 np.zeros(z.shape, jax.dtypes.float0) for z in leaves]  # fmt: skip
         for place, d in zip(chosen, d_leaves, strict=True):
             full[place] = reduce_leaf(d, leaves[place].shape, leaves[place].dtype)
-        found = pull((d_query, d_key, d_value, full))
+        # The same map back for gradients wider than their inputs, as those of a part are.
+        wide = [z.astype(d.dtype) for z, d in zip(inputs, (d_query, d_key, d_value), strict=True)]
+        found = jax.vjp(problem.prepare, *wide, x[3:])[1]((d_query, d_key, d_value, full))
         found = [*found[:3], *found[3]]
         return [found[i].astype(problem.call.accumulator) for i in wanted]
 
@@ -247,12 +255,12 @@ def kernel_attention(
     call: Call, backend: str, block_sizes: tuple[int, int] | None = None
 ) -> tuple[Array, Array]:
     """Attention by a fused kernel: output in the accumulator's dtype, and the log-sum-exp."""
-    forward, backward = _block_sizes(call, backend, block_sizes)
+    forward, backward = kernel_blocks(call, backend, block_sizes)
     signature, x, aux = Signature.of(call, forward, backward)
     return _solve(signature, backend, interpreted(), x, aux)
 
 
-def _block_sizes(
+def kernel_blocks(
     call: Call, backend: str, asked: tuple[int, int] | None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The tiles of the forward and of the backward kernels."""

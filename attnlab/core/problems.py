@@ -16,7 +16,7 @@ from attnlab.core.reference import Call
 from attnlab.core.scores import apply_modifiers
 from attnlab.core.spans import Span, same_rank
 from attnlab.core.terms import At, align, axes_of, restrict, sized_axes
-from attnlab.core.tiles import pad_terms
+from attnlab.core.tiles import pad_offset, pad_terms
 from pallas_kernels.flash import plan
 from pallas_kernels.flash.problem import Leaf, Spec
 
@@ -131,13 +131,14 @@ class Problem:
         arrays = [jnp.asarray(x) for x in jax.tree.leaves(terms)]
         tags = list(tags_of(call))
         offsets, known = [], []
-        for offset in (call.query_offset, call.key_offset):
+        # One number, or where positions come in any order (as in a ring), one for each.
+        for offset, axis in ((call.query_offset, "T"), (call.key_offset, "S")):
             fixed = isinstance(offset, int)
             known.append(offset if fixed else 0)
             offsets.append(None if fixed else len(arrays))
             if not fixed:
                 arrays.append(jnp.asarray(offset, jnp.int32))
-                tags.append("")
+                tags.append(axis if jnp.ndim(offset) else "")
         dropout = None
         if call.dropout_rate:
             dropout = (len(arrays), len(arrays) + 1)
@@ -238,8 +239,11 @@ def tile_tables(call: Call, block_sizes: tuple[int, int]) -> tuple[Any, Any]:
 def _look(call: Call, block_sizes: tuple[int, int]) -> tuple[Array, Array]:
     rows, cols = block_sizes
     num_rows, num_cols = (plan.padded(n, b) for n, b in zip(call.lengths, block_sizes, strict=True))
-    mask: Mask = pad_terms(
-        call.mask, axes_of(call.mask), num_rows - call.lengths[0], num_cols - call.lengths[1]
+    short = (num_rows - call.lengths[0], num_cols - call.lengths[1])
+    mask: Mask = pad_terms(call.mask, axes_of(call.mask), *short)
+    call = call._replace(
+        query_offset=pad_offset(call.query_offset, short[0]),
+        key_offset=pad_offset(call.key_offset, short[1]),
     )
 
     def strip(start: Array) -> tuple[Array, Array]:

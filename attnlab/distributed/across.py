@@ -24,8 +24,17 @@ from jaxtyping import Array
 
 from attnlab.core import attention as front
 from attnlab.core.blockwise import BACKWARD, default_block_sizes
+from attnlab.core.choice import choose
 from attnlab.core.derivatives import make_solver
 from attnlab.core.folds import Folds
+from attnlab.core.kernels import (
+    BACKENDS,
+    KernelFolds,
+    interpreted,
+    kernel_blocks,
+    kernel_limits,
+    missing,
+)
 from attnlab.core.masks import Prefix
 from attnlab.core.reference import Call
 from attnlab.core.scores import whole_rows
@@ -130,7 +139,7 @@ class Across:
                         f"{name}: arranged inputs should have a length that is a multiple of "
                         f"{self.unit}, got {length}; pad before arranging."
                     )
-        if self.size("ring") > 1 and implementation not in ("auto", "blockwise"):
+        if self.size("ring") > 1 and implementation not in ("auto", "blockwise", *BACKENDS):
             raise NotImplementedError(
                 f'implementation="{implementation}" does not go around a ring; '
                 'implementation="blockwise" can.'
@@ -226,6 +235,7 @@ class _Plan:
     implementation: str
     block_sizes: tuple[int, int] | None
     with_lse: bool
+    interpreted: bool
 
     @classmethod
     def of(
@@ -246,7 +256,7 @@ class _Plan:
             len(batch), _hops(across, call), gathers and across.ring is not None,
             any(block > 1 for x, tag in zip(leaves, tags, strict=True) if tag
                 for _, _, block in sized_axes(tag, x.ndim)),
-            implementation, block_sizes, with_lse,
+            implementation, block_sizes, with_lse, interpreted(),
         )  # fmt: skip
         arrays = {
             "inputs": (call.query, call.key, call.value),
@@ -387,22 +397,58 @@ def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
 def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:
     cols = call.key.shape[-2]
     base = call.key_offset
-    forward, backward = _blocks(plan, call)
     # Offsets are traced: they differ from device to device.
     call = call._replace(
         query_offset=jnp.asarray(call.query_offset, jnp.int32), key_offset=jnp.int32(0)
     )
+    backend = _backend(plan, call)
+    forward, backward = (
+        kernel_blocks(call, backend, plan.block_sizes) if backend else _blocks(plan, call)
+    )
     signature, x, aux = Signature.of(call, forward, backward)
+    plain = Folds(signature)
     count = signature.tree.num_leaves
     of_mask, of_terms = plan.roles[: len(plan.roles) - count], plan.roles[len(plan.roles) - count :]
     fixed = tuple(r for i, r in enumerate(of_terms) if i not in signature.trainable)
     travels = ((STAYS, 0), (TRAVELS, -2), (TRAVELS, -2))
     folds = RingFolds(
-        signature, Folds(signature), call.normalizer.kind == "shared", str(plan.across.ring),
+        signature, plain, call.normalizer.kind == "shared", str(plan.across.ring),
         plan.across.size("ring"), plan.hops, lambda part: offset(part, cols, base),
         (*travels, *(of_terms[i] for i in signature.trainable)), (*of_mask, *fixed),
     )  # fmt: skip
-    return make_solver(folds)(x, aux)
+    if not backend:
+        return make_solver(folds)(x, aux)
+    fused = KernelFolds(signature, backend, plan.interpreted, part=True)
+    return make_solver(dataclasses.replace(folds, inner=fused), folds)(x, aux)
+
+
+def _backend(plan: _Plan, call: Call) -> str | None:
+    """The kernel that serves each hop, or None for plain JAX."""
+    name = plan.implementation
+    if name not in ("auto", *BACKENDS):
+        return None
+    hop = _with_fewer_columns(plan, call)
+    if name == "auto":
+        return "tpu" if not plan.by_index and choose(hop).implementation == "tpu" else None
+    limit = missing(name) or kernel_limits(hop, name, plan.block_sizes)
+    if plan.by_index:
+        limit = limit or "has no arrays with one entry for a block of positions in a ring"
+    if limit:
+        raise NotImplementedError(
+            f'implementation="{name}" {limit}; implementation="blockwise" can.'
+        )
+    return name
+
+
+def _with_fewer_columns(plan: _Plan, call: Call) -> Call:
+    """The call with arrays as one hop sees them."""
+    terms = (call.mask, call.modifiers, call.normalizer)
+    leaves, tree = jax.tree.flatten(terms)
+    for i, (role, axis) in enumerate(plan.roles):
+        if role == COLUMNS:
+            leaves[i] = jax.lax.slice_in_dim(leaves[i], 0, call.key.shape[-2], axis=axis)
+    mask, modifiers, normalizer = jax.tree.unflatten(tree, leaves)
+    return call._replace(mask=mask, modifiers=modifiers, normalizer=normalizer)
 
 
 def _blocks(plan: _Plan, call: Call) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -67,7 +67,7 @@ class Spec:
     multiple of T queries.  `isolated`: keys and values may hold NaN where they are not seen, and
     tiles with a mask keep it from rows that do not see it.  `page`: the number of keys on a page
     where pages are not the blocks of a tile, else 0.  `heads_last`: keys and values come as
-    "B S K H".  `part`: the result is merged with others, so it stays in float32.
+    "B S K H".  `part`: results, and gradients, are merged with others, so they stay in float32.
     """
 
     program: Program

@@ -203,6 +203,11 @@ def _lanes(x: Array, width: int) -> Array:
     return x if x.shape[1] == width else x[:, :width]
 
 
+def _summed(spec: Spec, arrays: Arrays) -> Any:
+    """The dtype in which sums leave a kernel."""
+    return jnp.float32 if spec.part else arrays.query.dtype
+
+
 def _float32(shape: tuple[int, ...]) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -261,10 +266,7 @@ def forward(
         ],
         [
             (
-                jax.ShapeDtypeStruct(
-                    (batch, heads, num_rows, width),
-                    jnp.float32 if spec.part else arrays.query.dtype,
-                ),
+                jax.ShapeDtypeStruct((batch, heads, num_rows, width), _summed(spec, arrays)),
                 layout.rows_of(arrays.value),
             ),
             (_float32((batch, heads, num_rows // rows, 1, rows)), layout.query_vector()),
@@ -414,7 +416,8 @@ def backward(
     found |= more
     for number in owned["pair"]:
         found[number] = _backward_pair(spec, arrays, live, statistics, number, interpret)
-    d_query, d_key, d_value = (x.astype(dtype) for x in (d_query, d_key, d_value))
+    if not spec.part:
+        d_query, d_key, d_value = (x.astype(dtype) for x in (d_query, d_key, d_value))
     return d_query, d_key, d_value, [found[i] for i in wanted]
 
 
@@ -439,7 +442,7 @@ def _backward_rows(
     layout, words = _by_row(spec, arrays)
     batch, heads, num_rows, width = arrays.query.shape
     rows, cols = spec.block_sizes
-    outputs = [(jax.ShapeDtypeStruct(arrays.query.shape, arrays.query.dtype),
+    outputs = [(jax.ShapeDtypeStruct(arrays.query.shape, _summed(spec, arrays)),
                 layout.rows_of(arrays.query))]  # fmt: skip
     scratch = [pltpu.VMEM((rows, width), jnp.float32)]
     scratch += [pltpu.VMEM((rows, LANES), jnp.float32) for _ in range(2)]
@@ -577,7 +580,8 @@ def _backward_columns(
     outputs = [
         (
             jax.ShapeDtypeStruct(
-                (batch, owners, *x.shape[2:]), jnp.float32 if partial_sums else arrays.query.dtype
+                (batch, owners, *x.shape[2:]),
+                jnp.float32 if partial_sums else _summed(spec, arrays),
             ),
             by_owner.cols_of(x),
         )

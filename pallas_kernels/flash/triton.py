@@ -470,7 +470,9 @@ def backward(
     gradients: dict[int, Array] = {}
     warps = _warps(spec, arrays, True)
 
-    outs = [jax.ShapeDtypeStruct(arrays.query.shape, arrays.query.dtype)]
+    dtype = jnp.float32 if spec.part else arrays.query.dtype
+
+    outs = [jax.ShapeDtypeStruct(arrays.query.shape, dtype)]
     for number in owned["row"]:
         leaf = spec.leaves[number]
         blocks = num_rows if "t" in leaf.axes else num_rows // rows
@@ -486,7 +488,7 @@ def backward(
         part = part if leaf.table else part[..., None]
         gradients[number] = part if "t" in leaf.axes else part.sum(2, keepdims=True)
 
-    outs = [jax.ShapeDtypeStruct(x.shape, arrays.query.dtype) for x in (arrays.key, arrays.value)]
+    outs = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (arrays.key, arrays.value)]
     outs += [jax.ShapeDtypeStruct((batch, heads, num_cols), jnp.float32)] * len(owned["column"])
     d_key, d_value, *sums = _call(
         lambda tree, *refs: _column_kernel(spec, tree, owned["column"], *refs),
