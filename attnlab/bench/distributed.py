@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from attnlab.bench import distributed_peers as peers
 from attnlab.bench.harness import Result, Row, check_same, finish, time_in_turn
 from attnlab.bench.memory import counted
 from attnlab.bench.traffic import Traffic, traffic
@@ -177,6 +178,27 @@ def _row(method: Method, name: str, mask: Mask, length: int, count: int) -> Row:
     )  # fmt: skip
 
 
+def _peer_row(name: str, length: int, count: int) -> Row:
+    """The same of a ring of others: a full or a causal mask, in order."""
+    mesh = METHODS[0].mesh(host_devices(count))
+    place = NamedSharding(mesh, P(None, ("ring", "heads")))
+    arrays = [jax.device_put(x, place) for x in _inputs(length, jnp.float32)]
+    run = peers.attend(mesh, name == "causal", min(512, length // count))
+    forward: Any = jax.jit(run).lower(*arrays).compile()
+    both = _loss(run).lower(*arrays).compile()
+    check_same({peers.PACKAGE: _off(both(*arrays))}, _expected(name, length), 1e-5)
+    out, whole = traffic(forward), traffic(both)
+    wait = imbalance(work(patterns(length)[name], "contiguous", count, length))
+    return Row(
+        {
+            "mask": name, "n": f"{length:,}", "devices": count, "method": peers.PACKAGE,
+            "sends MB": f"{out.total / 1e6:.2f}", "with gradients": f"{whole.total / 1e6:.2f}",
+            "messages": sum(whole.count.values()), "longest ÷ mean work": f"{wait:.2f}",
+        },
+        detail={"forward": _plain(out), "gradients": _plain(whole), "imbalance": wait},
+    )  # fmt: skip
+
+
 def _off(found: Any) -> Any:
     return jax.tree.map(np.asarray, found)
 
@@ -263,6 +285,11 @@ def run(save: Any = None, quick: bool = False) -> Result:
         for method in METHODS
     ]
     notes = []
+    if peers.missing():
+        notes.append(f"{peers.PACKAGE}: left out, {peers.missing()}.")
+    else:
+        names = ("causal",) if quick else ("full", "causal")
+        rows += [_peer_row(x, n, c) for n in lengths for c in counts for x in names]
     if not quick:
         try:
             rows += _memory_rows()
