@@ -143,60 +143,52 @@ def _hops(pairs: np.ndarray) -> int:
     return 1 + int(np.max(np.nonzero(pairs.sum(axis=1))[0], initial=0))
 
 
-def _row(method: Method, name: str, mask: Mask, length: int, count: int) -> Row:
-    devices = host_devices(count)
-    mesh = method.mesh(devices)
+def _seen(
+    method: str, run: Callable, mesh: Mesh, name: str, length: int, pairs: np.ndarray
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Cells and detail of a row: the method is run, compared, and its program read."""
     place = NamedSharding(mesh, P(None, ("ring", "heads")))
     arrays = [jax.device_put(x, place) for x in _inputs(length, jnp.float32)]
-    run = method.attend(mesh, mask)
-    forward: Any = jax.jit(run).lower(*arrays).compile()
+    out: Any = traffic(jax.jit(run).lower(*arrays).compile())
     both = _loss(run).lower(*arrays).compile()
-    check_same({method.name: _off(both(*arrays))}, _expected(name, length), 1e-5)
-    out, whole = traffic(forward), traffic(both)
-    ring = method.ring(count)
-    pairs = work(mask, method.layout, ring, length)
+    whole = traffic(both)
+    check_same({method: _off(both(*arrays))}, _expected(name, length), 1e-5)
     wait = imbalance(pairs)
+    cells = {
+        "mask": name,
+        "n": f"{length:,}",
+        "devices": mesh.size,
+        "method": method,
+        "sends MB": f"{out.total / 1e6:.2f}",
+        "with gradients": f"{whole.total / 1e6:.2f}",
+        "messages": sum(whole.count.values()),
+        "temporaries MB": f"{counted(both) / 1e6:.1f}",
+        "longest ÷ mean work": f"{wait:.2f}",
+    }
+    return cells, {"forward": out.total, "gradients": _plain(whole), "imbalance": wait}
+
+
+def _row(method: Method, name: str, mask: Mask, length: int, count: int) -> Row:
+    mesh, ring = method.mesh(host_devices(count)), method.ring(count)
+    pairs = work(mask, method.layout, ring, length)
+    cells, detail = _seen(method.name, method.attend(mesh, mask), mesh, name, length, pairs)
     hops = _hops(pairs) if method.layout == "contiguous" else ring
     predicted = method.predicted(count, length, 4, hops)
-    exact = abs(out.total - predicted) <= 1e-6 * max(predicted, 1)
-    balanced = wait <= BALANCED if (name, method.layout) == ("causal", "zigzag") else True
-    target = "sends as the formula says" + (
-        f"; waits ≤ {BALANCED}×" if (name, method.layout) == ("causal", "zigzag") else ""
-    )
-    return Row(
-        {
-            "mask": name, "n": f"{length:,}", "devices": count, "method": method.name,
-            "sends MB": f"{out.total / 1e6:.2f}", "with gradients": f"{whole.total / 1e6:.2f}",
-            "messages": sum(whole.count.values()), "longest ÷ mean work": f"{wait:.2f}",
-        },
-        target=target,
-        passed=exact and balanced,
-        detail={
-            "forward": _plain(out), "gradients": _plain(whole), "predicted": predicted,
-            "imbalance": wait, "hops": hops,
-        },
-    )  # fmt: skip
+    passed = abs(detail["forward"] - predicted) <= 1e-6 * max(predicted, 1)
+    target = "sends as the formula says"
+    if (name, method.layout) == ("causal", "zigzag"):
+        target += f"; waits ≤ {BALANCED}×"
+        passed = passed and detail["imbalance"] <= BALANCED
+    return Row(cells, target, passed, detail | {"predicted": predicted, "hops": hops})
 
 
 def _peer_row(name: str, length: int, count: int) -> Row:
     """The same of a ring of others: a full or a causal mask, in order."""
     mesh = METHODS[0].mesh(host_devices(count))
-    place = NamedSharding(mesh, P(None, ("ring", "heads")))
-    arrays = [jax.device_put(x, place) for x in _inputs(length, jnp.float32)]
     run = peers.attend(mesh, name == "causal", min(512, length // count))
-    forward: Any = jax.jit(run).lower(*arrays).compile()
-    both = _loss(run).lower(*arrays).compile()
-    check_same({peers.PACKAGE: _off(both(*arrays))}, _expected(name, length), 1e-5)
-    out, whole = traffic(forward), traffic(both)
-    wait = imbalance(work(patterns(length)[name], "contiguous", count, length))
-    return Row(
-        {
-            "mask": name, "n": f"{length:,}", "devices": count, "method": peers.PACKAGE,
-            "sends MB": f"{out.total / 1e6:.2f}", "with gradients": f"{whole.total / 1e6:.2f}",
-            "messages": sum(whole.count.values()), "longest ÷ mean work": f"{wait:.2f}",
-        },
-        detail={"forward": _plain(out), "gradients": _plain(whole), "imbalance": wait},
-    )  # fmt: skip
+    pairs = work(patterns(length)[name], "contiguous", count, length)
+    cells, detail = _seen(peers.PACKAGE, run, mesh, name, length, pairs)
+    return Row(cells, detail=detail)
 
 
 def _off(found: Any) -> Any:
