@@ -64,8 +64,8 @@ def compiled(mesh, chunk, context=512, features=32, ratio=8.0):
 @pytest.mark.parametrize(
     ("method", "chunk"),
     [
-        ("ring", None),
         ("ring", 16),
+        pytest.param("ring", None, marks=pytest.mark.slow),
         pytest.param("heads", None, marks=pytest.mark.slow),
         pytest.param("heads", 16, marks=pytest.mark.slow),
     ],
@@ -74,10 +74,9 @@ def test_no_activation_is_gathered(method, chunk):
     """Keys and values travel, gradients are summed; whole sequences are nowhere put together."""
     text = compiled(MeshConfig(2, 4, method=method), chunk).as_text()
     assert ("collective-permute" if method == "ring" else "all-to-all") in text
-    gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather", text)
-    for dtype, shape in gathered:
-        size = np.prod([int(n) for n in shape.split(",") if n], dtype=int)
-        assert dtype in ("s32", "u32", "pred") or size < 512 * 32, (dtype, shape)
+    assert "all-gather" not in text
+    for shape in re.findall(r"= f32\[([\d,]*)\]\S* collective-permute", text):
+        assert np.prod([int(n) for n in shape.split(",")]) <= 512 // 4 * 32  # a device's share
 
 
 @pytest.mark.parametrize("spread", [False, True])
