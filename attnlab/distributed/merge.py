@@ -31,6 +31,7 @@ from attnlab.core.reference import Call
 from attnlab.core.scores import whole_rows
 from attnlab.core.terms import axes_of, sized_axes
 from attnlab.core.tiles import pad_terms
+from attnlab.distributed.meshes import automatic, axis_names, check_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,27 +58,14 @@ class Parts:
     letters: ClassVar[str] = "S"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.mesh, Mesh):
-            raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(self.mesh).__name__}.")
-        axes = dict(self.mesh.shape)
-        for argument, name in (("axis", self.axis), *(("batch", n) for n in self.over_batch)):
-            if name not in axes:
-                raise ValueError(f"{argument}: the mesh has no axis {name!r}; its axes are {axes}.")
-        if len({self.axis, *self.over_batch}) < 1 + len(self.over_batch):
-            raise ValueError(
-                f"batch: a mesh axis was given twice, in {self.axis!r} and {self.batch!r}."
-            )
+        check_axes(self.mesh, axis=self.axis, batch=self.batch)
         # Around our own cuts the compiler decides, whatever the caller's mesh says of types.
-        types = (jax.sharding.AxisType.Auto,) * len(axes)
-        mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=types)
-        object.__setattr__(self, "mesh", mesh)
+        object.__setattr__(self, "mesh", automatic(self.mesh))
 
     @property
     def over_batch(self) -> tuple[str, ...]:
         """The mesh axes that cut the batch."""
-        if self.batch is None:
-            return ()
-        return (self.batch,) if isinstance(self.batch, str) else tuple(self.batch)
+        return axis_names(self.batch)
 
     @property
     def size(self) -> int:
