@@ -11,7 +11,7 @@ def _light(lightly_compiled):
 
 
 def pytest_collection_modifyitems(items):
-    wanted = ("implementation", "dtype", "name")
+    wanted = ("entry", "implementation", "dtype", "name")
     for item in items:
         given = getattr(getattr(item, "callspec", None), "params", {})
         if item.nodeid.startswith("tests/contract/") and given.keys() >= set(wanted):

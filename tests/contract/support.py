@@ -44,22 +44,25 @@ def subjects(kind: str) -> list:
     ]
 
 
-# What a kernel does of its own for a mechanism; the rest its own tests show once for all.
-OF_KERNELS = (
-    "within budget", "gradient vs float64", "masked keys have no influence", "finite at extremes",
-    "bad input raises",
+# What an implementation or a dtype does of its own; all else it shares with the main ones, which
+# are examined in full.
+OWN = (
+    "shape and dtype", "within budget", "gradient vs float64", "masked keys have no influence",
+    "finite at extremes", "bad input raises", "forms agree", "log sum exp",
 )  # fmt: skip
+MAIN = ("blockwise", "chunked")
 
 
-def left_to_slow(implementation: str, dtype: str, name: str) -> bool:
+def left_to_slow(entry, implementation: str, dtype: str, name: str) -> bool:
     """Whether a property is examined by `make slow` and `make support` only.
 
-    `jax.nn` and kernels round bfloat16, and kernels are compiled, batched and repeated, by rules
-    that their own tests pin down once for all mechanisms.
+    `jax.nn` and kernels round bfloat16 by rules that their own tests pin down once for all
+    mechanisms.
     """
     if implementation in ("xla", "cudnn", "triton") and dtype != "float32":
         return True
-    return implementation == "triton" and name not in OF_KERNELS
+    main = implementation in MAIN or entry.implementations == (implementation,)
+    return name not in OWN and (not main or dtype != "float32")
 
 
 def promises(entry) -> dict:

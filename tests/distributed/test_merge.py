@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_by_name(rng):
         ({"mesh": "cpu", "axis": "keys"}, TypeError, "mesh: expected a jax.sharding.Mesh, got str"),
         ({"mesh": mesh, "axis": "ring"}, ValueError, "axis: the mesh has no axis 'ring'"),
         ({"mesh": mesh, "axis": "keys", "batch": "data"}, ValueError, "batch: the mesh has no"),
-        ({"mesh": mesh, "axis": "keys", "batch": "keys"}, ValueError, "batch: mesh axis 'keys' was given twice"),
+        ({"mesh": mesh, "axis": "keys", "batch": "keys"}, ValueError, "batch: .* was given twice"),
         ({"mesh": mesh_of(keys=2, three=3), "axis": "keys", "batch": "three"}, ValueError,
          "query: the first batch axis.*multiple of the 'three'"),
         ({"mesh": mesh, "axis": "keys", "normalizer": normalizers.Sparsemax()},
