@@ -15,7 +15,7 @@ from attnlab.core.recurrence import linear_recurrence, resets
 from attnlab.core.scores import ScoreModifier
 
 if TYPE_CHECKING:
-    from attnlab import atlas, testing
+    from attnlab import atlas, distributed, testing
     from attnlab.core.cache import KVCache, PagedKVCache, StateCache
     from attnlab.core.decode import decode_attention
     from attnlab.core.modules import Mechanism, MultiHeadAttention
@@ -41,6 +41,7 @@ __all__ = [
     "attention",
     "block_sparse_attention",
     "decode_attention",
+    "distributed",
     "dot_product_attention",
     "explain",
     "linear_attention",
@@ -70,7 +71,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("atlas", "testing"):
+    if name in ("atlas", "distributed", "testing"):
         return importlib.import_module(f"attnlab.{name}")
     if name in _LATER:
         return getattr(importlib.import_module(_LATER[name]), name)
