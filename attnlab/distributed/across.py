@@ -43,7 +43,7 @@ from attnlab.core.terms import axes_of, sized_axes
 from attnlab.core.tiles import Signature, pad_terms
 from attnlab.distributed import layouts
 from attnlab.distributed.linear import Relay
-from attnlab.distributed.meshes import automatic, axis_names, check_axes
+from attnlab.distributed.meshes import automatic, axis_names, check_axes, on_devices
 from attnlab.distributed.ring import COLUMNS, STAYS, TRAVELS, RingFolds
 
 
@@ -317,14 +317,8 @@ def _run(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
         "offsets": (P(), P()),
         "dropout_key": None if arrays["dropout_key"] is None else P(),
     }
-    body = jax.shard_map(
-        functools.partial(_on_device, plan),
-        mesh=plan.across.mesh,
-        in_specs=(specs,),
-        out_specs=(spec, P(*spec[:-1])),
-        check_vma=False,  # the folds' derivatives are our own
-    )
-    return body(arrays)
+    body = functools.partial(_on_device, plan)
+    return on_devices(body, plan.across.mesh, (specs,), (spec, P(*spec[:-1])))(arrays)
 
 
 def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:

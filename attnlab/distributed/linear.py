@@ -42,7 +42,7 @@ from attnlab.core import recurrence
 from attnlab.core.decay_tree import product
 from attnlab.core.kernels import interpreted
 from attnlab.core.recurrence_forms import Steps
-from attnlab.distributed.meshes import automatic, axis_names, check_axes
+from attnlab.distributed.meshes import axis_names, check_axes, on_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +199,8 @@ def _run(plan: _Plan, steps: Steps, state: Array) -> tuple[Array, Array]:
     alone, shared = plan.spec(None, None), plan.spec(cut, None)
     grouped = plan.spec(None, cut, None)
     specs = jax.tree.map(lambda _: shared, steps)._replace(query=grouped)
-    body = jax.shard_map(
-        functools.partial(_on_device, plan),
-        mesh=automatic(plan.relay.mesh),
-        in_specs=(specs, alone),
-        out_specs=(grouped, alone),
-        check_vma=False,  # kernels do not say over what their results vary
-    )
-    return body(steps, state)
+    body = functools.partial(_on_device, plan)
+    return on_devices(body, plan.relay.mesh, (specs, alone), (grouped, alone))(steps, state)
 
 
 def _on_device(plan: _Plan, steps: Steps, state: Array) -> tuple[Array, Array]:

@@ -31,7 +31,7 @@ from attnlab.core.reference import Call
 from attnlab.core.scores import whole_rows
 from attnlab.core.terms import axes_of, sized_axes
 from attnlab.core.tiles import pad_terms
-from attnlab.distributed.meshes import automatic, axis_names, check_axes
+from attnlab.distributed.meshes import automatic, axis_names, check_axes, on_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,14 +170,8 @@ def _run(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:
         "offsets": (P(), P()),
         "dropout_key": None if arrays["dropout_key"] is None else P(),
     }
-    body = jax.shard_map(
-        functools.partial(_on_device, static),
-        mesh=parts.mesh,
-        in_specs=(specs,),
-        out_specs=(rows, P(*rows[:-1])),
-        check_vma=False,  # the folds' derivatives are our own
-    )
-    return body(arrays)
+    body = functools.partial(_on_device, static)
+    return on_devices(body, parts.mesh, (specs,), (rows, P(*rows[:-1])))(arrays)
 
 
 def _on_device(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """Names of mesh axes, and what is refused of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,3 +34,24 @@ def check_axes(mesh: Any, **axes: Any) -> None:
             if name in taken:
                 raise ValueError(f"{argument}: mesh axis {name!r} was given twice.")
             taken.append(name)
+
+
+def on_devices(body: Callable, mesh: Any, in_specs: tuple[Any, ...], out_specs: Any) -> Callable:
+    """`jax.shard_map` of the body, under whatever mesh the caller has set.
+
+    Where that mesh's axes are explicit (`jax.set_mesh`), arrays are brought to the cuts first, and
+    the results say how they are cut.  What varies over which axis is left unchecked: the folds'
+    derivatives are our own, and kernels do not say it.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    explicit = jax.sharding.AxisType.Explicit in context.axis_types
+
+    def run(*arrays: Any) -> Any:
+        if explicit:
+            arrays = jax.tree.map(jax.reshard, arrays, in_specs)
+        return jax.shard_map(
+            body, mesh=context if explicit else automatic(mesh), in_specs=in_specs,
+            out_specs=out_specs, check_vma=False,
+        )(*arrays)  # fmt: skip
+
+    return run
