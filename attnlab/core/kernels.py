@@ -192,16 +192,23 @@ class KernelFolds(Folds):
         return problem
 
     def forward(self, x: Leaves, aux: dict[str, Any]) -> tuple[Array, Array]:
+        problem, arrays = self.forward_problem(x, aux)
+        out, lse = launch_forward(self.backend, problem.spec, self.interpreted, 1, arrays)
+        return self.forward_results(problem, out[0], lse[0])
+
+    def forward_problem(self, x: Leaves, aux: dict[str, Any]) -> tuple[Problem, Arrays]:
+        """What the forward kernel solves."""
         problem = self._problem(x, aux, self.signature.forward_blocks)
         key, value = x[1], x[2]
         if not isinstance(problem.call.mask, Full):
             key, value = isolate_bad(key, value)
         query, key, value, leaves = problem.prepare(x[0], key, value, x[3:])
-        lists = self._lists(*problem.tables())
-        arrays = Arrays(query, key, value, leaves, lists)
-        out, lse = launch_forward(self.backend, problem.spec, self.interpreted, 1, arrays)
-        out = problem.restore(out[0], x[2].shape[-1]).astype(problem.call.accumulator)
-        return out, problem.restore(lse[0][..., None], 1)[..., 0]
+        return problem, Arrays(query, key, value, leaves, self._lists(*problem.tables()))
+
+    def forward_results(self, problem: Problem, out: Array, lse: Array) -> tuple[Array, Array]:
+        """Output and log-sum-exp as the call has them."""
+        out = problem.restore(out, problem.call.value.shape[-1]).astype(problem.call.accumulator)
+        return out, problem.restore(lse[..., None], 1)[..., 0]
 
     def gradients(
         self,
@@ -212,12 +219,26 @@ class KernelFolds(Folds):
         lse: Array,
         cotangent: tuple[Array, Array],
     ) -> Leaves:
+        problem, inputs = self.backward_problem(x, aux, out, lse, cotangent)
+        chosen = self.chosen(problem, wanted)
+        found = launch_backward(self.backend, problem.spec, self.interpreted, chosen, inputs)
+        return self.backward_results(problem, wanted, x, inputs[0].leaves, found)
+
+    def chosen(self, problem: Problem, wanted: tuple[int, ...]) -> tuple[int, ...]:
+        """Which leaves are wanted: `x` counts the trainable ones after query, key and value."""
+        return tuple(problem.spec.trainable[i - 3] for i in wanted if i > 2)
+
+    def backward_problem(
+        self, x: Leaves, aux: dict[str, Any], out: Array, lse: Array,
+        cotangent: tuple[Array, Array],
+    ) -> tuple[Problem, tuple[Arrays, Array, Array, Array, Array]]:  # fmt: skip
+        """What the backward kernels solve."""
         problem = self._problem(x, aux, self.signature.backward_blocks)
         d_out, d_lse = cotangent
         shift = d_lse - jnp.sum(d_out * out, axis=-1)
         inputs = x[:3] if isinstance(problem.call.mask, Full) else [zero_bad(z) for z in x[:3]]
-        shared = problem.spec.program.shared
-        if not shared:  # no lse carries a NaN to where it is seen: the key does
+        if not problem.spec.program.shared:
+            # No lse carries a NaN to where it is seen: the key does.
             inputs[1] = isolate_bad(x[1], x[2])[0]
         query, key, value, leaves = problem.prepare(inputs[0], inputs[1], inputs[2], x[3:])
         some, every = problem.tables()
@@ -229,19 +250,19 @@ class KernelFolds(Folds):
         rows = problem.padded[0]
         d_out = pad_to(flat(d_out), rows, value.shape[-1]).astype(query.dtype)
         lse, shift = (pad_to(flat(z[..., None]), rows, 1)[..., 0] for z in (lse, shift))
-        # Which trainable leaves are wanted: `x` counts them after query, key and value.
-        chosen = tuple(problem.spec.trainable[i - 3] for i in wanted if i > 2)
-        live = jnp.asarray(some).astype(jnp.int32)
-        d_query, d_key, d_value, d_leaves = launch_backward(
-            self.backend, problem.spec, self.interpreted, chosen,
-            (arrays, live, d_out, lse, shift),
-        )  # fmt: skip
+        return problem, (arrays, jnp.asarray(some).astype(jnp.int32), d_out, lse, shift)
+
+    def backward_results(
+        self, problem: Problem, wanted: tuple[int, ...], x: Leaves, leaves: list[Any], found: Any
+    ) -> Leaves:
+        """Gradients as the call has them, from those of the kernels."""
+        d_query, d_key, d_value, d_leaves = found
         full = [jnp.zeros_like(z) if jnp.issubdtype(z.dtype, jnp.floating) else
                 np.zeros(z.shape, jax.dtypes.float0) for z in leaves]  # fmt: skip
-        for place, d in zip(chosen, d_leaves, strict=True):
+        for place, d in zip(self.chosen(problem, wanted), d_leaves, strict=True):
             full[place] = reduce_leaf(d, leaves[place].shape, leaves[place].dtype)
-        # The same map back for gradients wider than their inputs, as those of a part are.
-        wide = [z.astype(d.dtype) for z, d in zip(inputs, (d_query, d_key, d_value), strict=True)]
+        # The map back of gradients wider than their inputs, as those of a part are.
+        wide = [z.astype(d.dtype) for z, d in zip(x[:3], (d_query, d_key, d_value), strict=True)]
         found = jax.vjp(problem.prepare, *wide, x[3:])[1]((d_query, d_key, d_value, full))
         found = [*found[:3], *found[3]]
         return [found[i].astype(problem.call.accumulator) for i in wanted]

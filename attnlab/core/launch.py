@@ -18,7 +18,7 @@ def body(backend: str) -> Any:
     return importlib.import_module(f"pallas_kernels.flash.{backend}")
 
 
-def _over_batch(function: Callable, split: bool) -> Callable:
+def over_batch(function: Callable, split: bool) -> Callable:
     """`function(arrays)` with a rule for `vmap`: the mapped axis joins the batch.
 
     Every array has a batch axis in front, of length one where nothing depends on it.  With `split`
@@ -68,10 +68,10 @@ def _required(arrays: Any) -> set[int]:
 def _launcher(kind: str, backend: str, spec: Spec, interpreted: bool, option: Any) -> Callable:
     module = body(backend)
     if kind == "forward":
-        return _over_batch(
+        return over_batch(
             lambda arrays: module.forward(spec, arrays, splits=option, interpret=interpreted), True
         )
-    return _over_batch(
+    return over_batch(
         lambda inputs: module.backward(spec, *inputs, option, interpret=interpreted), False
     )
 

@@ -53,9 +53,10 @@ def _run(*args: Any, fun: Callable, transpose: Callable, num_residuals: int) -> 
     return fun(*args)
 
 
-def _abstract(*avals: Any, fun: Callable, **_: Any) -> list:
-    shapes = jax.eval_shape(fun, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-    return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
+def _abstract(*avals: Any, fun: Callable, **_: Any) -> tuple[list, Any]:
+    """Shapes, and effects: interpreted kernels of several devices have some."""
+    code = jax.make_jaxpr(fun)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+    return [jax.core.ShapedArray(s.shape, s.dtype) for s in code.out_avals], code.effects
 
 
 def _instantiate(tangent: Any) -> Any:
@@ -150,7 +151,7 @@ def _batch(
 
 
 linear_p.def_impl(_run)
-linear_p.def_abstract_eval(_abstract)
+linear_p.def_effectful_abstract_eval(_abstract)
 ad.primitive_jvps[linear_p] = _jvp
 ad.primitive_transposes[linear_p] = _transpose
 batching.primitive_batchers[linear_p] = _batch

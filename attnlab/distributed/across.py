@@ -30,6 +30,7 @@ from attnlab.core.folds import Folds
 from attnlab.core.kernels import (
     BACKENDS,
     KernelFolds,
+    device,
     interpreted,
     kernel_blocks,
     kernel_limits,
@@ -44,7 +45,10 @@ from attnlab.core.tiles import Signature, pad_terms
 from attnlab.distributed import layouts
 from attnlab.distributed.linear import Relay
 from attnlab.distributed.meshes import automatic, axis_names, check_axes, on_devices
+from attnlab.distributed.remote import RemoteFolds
 from attnlab.distributed.ring import COLUMNS, STAYS, TRAVELS, RingFolds
+from pallas_kernels.ring import tpu as ring_kernel
+from pallas_kernels.ring.plan import Ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,7 +417,13 @@ def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:
     if not backend:
         return make_solver(folds)(x, aux)
     fused = KernelFolds(signature, backend, plan.interpreted, part=True)
-    return make_solver(dataclasses.replace(folds, inner=fused), folds)(x, aux)
+    around = dataclasses.replace(folds, inner=fused)
+    if backend == "tpu" and ring_kernel.limits(device()[1]) is None:
+        axis = str(plan.across.ring)
+        number = plan.across.mesh.axis_names.index(axis)
+        ring = Ring(axis, plan.across.size("ring"), number)
+        around = RemoteFolds(**(vars(around) | {"ring": ring}))
+    return make_solver(around, folds)(x, aux)
 
 
 def _backend(plan: _Plan, call: Call) -> str | None:

@@ -44,17 +44,25 @@ class RingFolds(Folds):
 
     def forward(self, x: Leaves, aux: dict[str, Any]) -> tuple[Array, Array]:
         def visit(total: Any, n: Any, moving: Any) -> Any:
-            out, lse = self.inner.forward(*self._visited(x, aux, moving, n))
-            if not self.shared:
-                return Partial(total.acc + out, total.max, total.sum)
-            # NaN must survive the merge: it is not -inf.
-            seen = jnp.where(lse == -jnp.inf, 0, 1).astype(lse.dtype)
-            return merge(total, Partial(out, lse, seen))
+            return self._joined(total, self.inner.forward(*self._visited(x, aux, moving, n)))
 
-        rows, dtype = x[0].shape[:-1], accumulator(x[0].dtype)
-        start = Partial.identity(rows, x[2].shape[-1], dtype)
-        done, _ = self._around(visit, start, self._travelling(x, aux))
-        return finish(done) if self.shared else (done.acc, jnp.zeros_like(done.sum))
+        done, _ = self._around(visit, self._empty(x), self._travelling(x, aux))
+        return self._finished(done)
+
+    def _empty(self, x: Leaves) -> Partial:
+        return Partial.identity(x[0].shape[:-1], x[2].shape[-1], accumulator(x[0].dtype))
+
+    def _joined(self, total: Partial, found: tuple[Array, Array]) -> Partial:
+        """What was seen before, with what this hop saw."""
+        out, lse = found
+        if not self.shared:
+            return Partial(total.acc + out, total.max, total.sum)
+        # NaN must survive the merge: it is not -inf.
+        seen = jnp.where(lse == -jnp.inf, 0, 1).astype(lse.dtype)
+        return merge(total, Partial(out, lse, seen))
+
+    def _finished(self, total: Partial) -> tuple[Array, Array]:
+        return finish(total) if self.shared else (total.acc, jnp.zeros_like(total.sum))
 
     def tangent(
         self, x: Leaves, aux: dict[str, Any], out: Array, lse: Array, dx: Leaves

@@ -14,8 +14,9 @@ Dao 2023, arXiv:2307.08691 is the algorithm; masks, modifiers and normalizers ar
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,44 @@ class _Step:
         return self.layout.at(leaves, n, i, j)
 
 
+class Beside(Protocol):
+    """What a kernel does while its tiles are computed, as `pallas_kernels.ring` sends keys on.
+
+    `arrays` and `outputs` stay in main memory.  `before` runs in the first step of the grid and
+    `after` in the last, with references to arrays, outputs and scratch; both steps are one core's.
+    """
+
+    @property
+    def arrays(self) -> Sequence[Array]: ...
+
+    @property
+    def outputs(self) -> Sequence[Any]: ...
+
+    @property
+    def scratch(self) -> Sequence[Any]: ...
+
+    @property
+    def collective_id(self) -> int | None: ...
+
+    def before(self, arrays: Any, outputs: Any, scratch: Any) -> None: ...
+
+    def after(self, arrays: Any, outputs: Any, scratch: Any) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """Nothing beside."""
+
+    arrays: tuple[()] = ()
+    outputs: tuple[()] = ()
+    scratch: tuple[()] = ()
+    collective_id: None = None
+
+    def before(self, arrays: Any, outputs: Any, scratch: Any) -> None: ...
+
+    def after(self, arrays: Any, outputs: Any, scratch: Any) -> None: ...
+
+
 def _memory_limit() -> int | None:
     """How much vector memory to ask for on the device that is compiled for."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -156,11 +195,12 @@ def _call(
     body: Callable, layout: Layout, arrays: Arrays, prefetched: Sequence[Array],
     inputs: Sequence[tuple[Array, pl.BlockSpec]], outputs: Sequence[tuple[Any, pl.BlockSpec]],
     scratch: Sequence[Any], grid: tuple[Any, ...], sequential: int, name: str, interpret: Any,
-) -> list[Array]:  # fmt: skip
-    """Run `body(step, *inputs, *outputs, *scratch)` over the grid.
+    beside: Beside,
+) -> tuple[list[Array], list[Array]]:  # fmt: skip
+    """Run `body(step, *inputs, *outputs, *scratch)` over the grid, and something `beside`.
 
     The last `sequential` axes of the grid share outputs and scratch; the others may be divided
-    between cores.
+    between cores, unless something is done beside.  Returns the outputs, and those of `beside`.
     """
     leaves = [
         layout.operand(leaf, x) for leaf, x in zip(layout.spec.leaves, arrays.leaves, strict=True)
@@ -170,30 +210,54 @@ def _call(
         assert arrays.pages is not None
         prefetched = [*prefetched, jnp.asarray(arrays.pages, jnp.int32).reshape(-1)]
     count = len(prefetched)
+    parts = (prefetched, leaves, inputs, beside.arrays, outputs, beside.outputs, scratch)
+    ends = list(itertools.accumulate(len(part) for part in parts))
 
     def kernel(*refs: Any) -> None:
+        starts = zip([0, *ends], [*ends, len(refs)], strict=True)
+        lists, places, own, there, outs, arrived, sums, more = (refs[a:b] for a, b in starts)
         ids = [pl.program_id(axis) for axis in range(len(grid))]
-        where = layout.place(*ids, *refs[:count])
-        places = refs[count : count + len(leaves)]
-        body(_Step(layout, reads, places, where), ids, refs[0], *refs[count + len(leaves) :])
+        where = layout.place(*ids, *lists)
+        if beside.outputs:
+            _when_at(ids, [0] * len(grid), lambda: beside.before(there, arrived, more))
+        body(_Step(layout, reads, places, where), ids, lists[0], *own, *outs, *sums)
+        if beside.outputs:
+            last = [pl.num_programs(axis) - 1 for axis in range(len(grid))]
+            _when_at(ids, last, lambda: beside.after(there, arrived, more))
 
+    if beside.outputs:
+        sequential = len(grid)
     semantics: Any = ("parallel",) * (len(grid) - sequential) + ("arbitrary",) * sequential
-    return pl.pallas_call(
+    afar = pl.BlockSpec(memory_space=pltpu.HBM)
+    found = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=count,
             grid=grid,
-            in_specs=[*(leaf.spec for leaf in leaves), *(spec for _, spec in inputs)],
-            out_specs=[spec for _, spec in outputs],
-            scratch_shapes=list(scratch),
+            in_specs=[
+                *(leaf.spec for leaf in leaves),
+                *(spec for _, spec in inputs),
+                *(afar for _ in beside.arrays),
+            ],
+            out_specs=[*(spec for _, spec in outputs), *(afar for _ in beside.outputs)],
+            scratch_shapes=[*scratch, *beside.scratch],
         ),
-        out_shape=[shape for shape, _ in outputs],
+        out_shape=[*(shape for shape, _ in outputs), *beside.outputs],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=_memory_limit()
+            dimension_semantics=semantics,
+            vmem_limit_bytes=_memory_limit(),
+            collective_id=beside.collective_id,
         ),
         interpret=interpret,
         name=name,
-    )(*prefetched, *(leaf.array for leaf in leaves), *(x for x, _ in inputs))
+    )(*prefetched, *(leaf.array for leaf in leaves), *(x for x, _ in inputs), *beside.arrays)
+    return found[: len(outputs)], found[len(outputs) :]
+
+
+def _when_at(ids: Sequence[Any], step: Sequence[Any], act: Callable[[], None]) -> None:
+    """`act()` in one step of the grid."""
+    here = functools.reduce(jnp.logical_and, [a == b for a, b in zip(ids, step, strict=True)])
+    pl.when(here)(act)
 
 
 def _lanes(x: Array, width: int) -> Array:
@@ -242,6 +306,14 @@ def forward(
     Raises:
       NotImplementedError: more splits than one, or a list too long for scalar memory.
     """
+    out, lse, _ = forward_beside(spec, arrays, Nothing(), splits=splits, interpret=interpret)
+    return out, lse
+
+
+def forward_beside(
+    spec: Spec, arrays: Arrays, beside: Beside, *, splits: int = 1, interpret: Any = False
+) -> tuple[Array, Array, list[Array]]:
+    """`forward`, while something is done beside; its outputs come last."""
     if splits != 1:
         raise NotImplementedError(
             f'implementation="tpu" does not divide the keys, got {splits=}; a core walks all of '
@@ -254,7 +326,7 @@ def forward(
     layout, words = _by_row(spec, arrays)
     batch, heads, num_rows, _ = arrays.query.shape
     width, rows = arrays.value.shape[-1], spec.block_sizes[0]
-    out, lse = _call(
+    (out, lse), arrived = _call(
         functools.partial(_forward_body, words),
         layout,
         arrays,
@@ -276,8 +348,10 @@ def forward(
         1,
         "flash_forward",
         interpret,
+        beside,
     )
-    return (out if spec.part else out.astype(dtype))[None], lse.reshape(1, batch, heads, num_rows)
+    out = out if spec.part else out.astype(dtype)
+    return out[None], lse.reshape(1, batch, heads, num_rows), arrived
 
 
 def _forward_body(
@@ -396,6 +470,19 @@ def backward(
       NotImplementedError: a list too long for scalar memory, or the gradient of an array that has
         one entry for a block of pairs.
     """
+    statistics = (live, d_out, lse, shift)
+    found, _ = backward_beside(
+        spec, arrays, statistics, wanted, (Nothing(), Nothing()), interpret=interpret
+    )
+    return found
+
+
+def backward_beside(
+    spec: Spec, arrays: Arrays, statistics: Sequence[Array], wanted: tuple[int, ...],
+    beside: tuple[Beside, Beside], *, interpret: Any = False,
+) -> tuple[Any, tuple[list[Array], list[Array]]]:  # fmt: skip
+    """`backward`, while something is done beside the kernel of rows and that of columns."""
+    live, d_out, lse, shift = statistics
     if any(spec.leaves[i].blocks != (0, 0) for i in wanted):
         raise NotImplementedError(
             'implementation="tpu" has no gradient for an array with one entry per block of pairs; '
@@ -411,14 +498,18 @@ def backward(
         owner: tuple(i for i in wanted if spec.leaves[i].owner == owner)
         for owner in ("row", "column", "pair")
     }
-    d_query, found = _backward_rows(spec, arrays, statistics, owned["row"], interpret)
-    d_key, d_value, more = _backward_columns(spec, arrays, statistics, owned["column"], interpret)
+    d_query, found, by_rows = _backward_rows(
+        spec, arrays, statistics, owned["row"], interpret, beside[0]
+    )
+    d_key, d_value, more, by_columns = _backward_columns(
+        spec, arrays, statistics, owned["column"], interpret, beside[1]
+    )
     found |= more
     for number in owned["pair"]:
         found[number] = _backward_pair(spec, arrays, live, statistics, number, interpret)
     if not spec.part:
         d_query, d_key, d_value = (x.astype(dtype) for x in (d_query, d_key, d_value))
-    return d_query, d_key, d_value, [found[i] for i in wanted]
+    return (d_query, d_key, d_value, [found[i] for i in wanted]), (by_rows, by_columns)
 
 
 def _inputs(layout: Layout, arrays: Arrays, statistics: Sequence[Array]) -> list[Any]:
@@ -436,8 +527,8 @@ def _inputs(layout: Layout, arrays: Arrays, statistics: Sequence[Array]) -> list
 
 def _backward_rows(
     spec: Spec, arrays: Arrays, statistics: Sequence[Array], wanted: tuple[int, ...],
-    interpret: Any,
-) -> tuple[Array, dict[int, Array]]:  # fmt: skip
+    interpret: Any, beside: Beside,
+) -> tuple[Array, dict[int, Array], list[Array]]:  # fmt: skip
     """dq, and the gradients of leaves without keys."""
     layout, words = _by_row(spec, arrays)
     batch, heads, num_rows, width = arrays.query.shape
@@ -459,7 +550,7 @@ def _backward_rows(
         else:
             block = layout.block((1, 1, 1, size), lambda b, n, i, j: (b, n, 0, 0))
             outputs.append((_float32((batch, heads, 1, size)), block))
-    d_query, *sums = _call(
+    (d_query, *sums), arrived = _call(
         functools.partial(_rows_body, words, wanted),
         layout,
         arrays,
@@ -471,6 +562,7 @@ def _backward_rows(
         1,
         "flash_rows",
         interpret,
+        beside,
     )
     found = {}
     for number, total in zip(wanted, sums, strict=True):
@@ -481,7 +573,7 @@ def _backward_rows(
             found[number] = total.reshape(batch, heads, num_rows, 1)
         else:
             found[number] = total.sum(-1, keepdims=True)
-    return d_query, found
+    return d_query, found, arrived
 
 
 def _rows_body(
@@ -555,8 +647,8 @@ def _rows_body(
 
 def _backward_columns(
     spec: Spec, arrays: Arrays, statistics: Sequence[Array], wanted: tuple[int, ...],
-    interpret: Any,
-) -> tuple[Array, Array, dict[int, Array]]:  # fmt: skip
+    interpret: Any, beside: Beside,
+) -> tuple[Array, Array, dict[int, Array], list[Array]]:  # fmt: skip
     """dk, dv, and the gradients of leaves with keys but without queries."""
     assert isinstance(arrays.columns, Flat)
     batch, heads, num_rows, _ = arrays.query.shape
@@ -594,7 +686,7 @@ def _backward_columns(
         )
         outputs.append((_float32((batch, heads, num_cols // cols, 1, cols)), block))
         scratch.append(pltpu.VMEM((members, cols, LANES), jnp.float32))
-    d_key, d_value, *sums = _call(
+    (d_key, d_value, *sums), arrived = _call(
         functools.partial(_columns_body, words, members, wanted),
         layout,
         arrays,
@@ -606,13 +698,14 @@ def _backward_columns(
         2,
         "flash_columns",
         interpret,
+        beside,
     )
     if partial_sums:
         d_key, d_value = (
             x.reshape(batch, shared, group, *x.shape[2:]).sum(2) for x in (d_key, d_value)
         )
     sums = [x.reshape(batch, heads, 1, num_cols) for x in sums]
-    return d_key, d_value, dict(zip(wanted, sums, strict=True))
+    return d_key, d_value, dict(zip(wanted, sums, strict=True)), arrived
 
 
 def _columns_body(
@@ -683,7 +776,7 @@ def _backward_pair(
     layout = Layout(spec, heads // arrays.key.shape[1], False, place)
     shape, where = tiled(x.shape, cols)
     block = pl.BlockSpec((1, 1, 1, rows, cols), lambda b, n, i, j, *_: (b, n, *where(i, j)))
-    (found,) = _call(
+    (found,), _ = _call(
         functools.partial(_pair_body, bits, number),
         layout,
         arrays,
@@ -695,6 +788,7 @@ def _backward_pair(
         1,
         "flash_pairs",
         interpret,
+        Nothing(),
     )
     return from_tiled(found)
 
