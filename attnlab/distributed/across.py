@@ -418,7 +418,8 @@ def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:
         return make_solver(folds)(x, aux)
     fused = KernelFolds(signature, backend, plan.interpreted, part=True)
     around = dataclasses.replace(folds, inner=fused)
-    if backend == "tpu" and ring_kernel.limits(device()[1]) is None:
+    # Copies of a kernel's own are made where they were asked for; the compiler's else.
+    if plan.implementation == "tpu" and ring_kernel.limits(device()[1]) is None:
         axis = str(plan.across.ring)
         number = plan.across.mesh.axis_names.index(axis)
         ring = Ring(axis, plan.across.size("ring"), number)

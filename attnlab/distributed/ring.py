@@ -7,8 +7,9 @@ With the parts of P devices, device d meets the keys of device d - n in hop n:
               home after the last hop
     tangent   derivatives of out and lse add up here, those of keys and values travel along
 
-Each hop is one fold of `attnlab.core.folds` (or of a fused kernel) on the part that visits, so that
-a device holds two parts at a time, its own and the visitor, whatever the number of devices.
+Each hop is one fold of `attnlab.core.folds`, or of a fused kernel (`attnlab.core.kernels`), on the
+part that visits, so that a device holds two parts at a time, its own and the visitor, whatever the
+number of devices.  `attnlab.distributed.remote` has kernels that also send the part on.
 """
 
 import dataclasses

@@ -55,7 +55,9 @@ def ring_attention(
       ring: the mesh axis that cuts the sequence.
       heads: a second one, over which heads are exchanged for positions; with `ring=None` alone.
       batch, layout, arranged: see `attnlab.distributed.Across`.
-      options: as for `attnlab.attention`; `implementation` says what computes on each device.
+      options: as for `attnlab.attention`; `implementation` says what computes on each device:
+        "blockwise", or a fused kernel.  With "tpu", on TPUs with one core, the kernel itself sends
+        keys, values and their gradients on while it computes (`pallas_kernels.ring`).
 
     Raises:
       ValueError: a mesh axis that is missing, heads or a batch that it does not divide, an unknown
