@@ -218,6 +218,8 @@ def _padded(call: Call, unit: int) -> Call:
 
 
 Role = tuple[str, int]
+Move = tuple[int, str]  # an axis that is CUT over the ring, WHOLE, or whole beside GATHERED keys
+CUT, WHOLE, GATHERED = "cut", "whole", "gathered"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +230,7 @@ class _Plan:
     tree: Any  # of (mask, modifiers, normalizer)
     specs: tuple[P, ...]
     roles: tuple[Role, ...]
-    moves: tuple[tuple[tuple[int, bool], ...], ...]  # of each leaf: (axis, is it cut) to arrange
+    moves: tuple[tuple[Move, ...], ...]  # of each leaf, what is to be arranged
     scale: float
     dropout_rate: float
     offsets: tuple[int | None, int | None]
@@ -278,7 +280,7 @@ class _Plan:
 
 def _cut(
     across: Across, x: Array, tag: str, batch: tuple[int, ...], gathers: bool
-) -> tuple[P, Role, tuple[tuple[int, bool], ...]]:
+) -> tuple[P, Role, tuple[Move, ...]]:
     """Of a leaf: how it lies on the mesh, what becomes of it, and which axes to arrange."""
     axes: list[Any] = [None] * x.ndim
     named = sized_axes(tag, x.ndim) if tag else []
@@ -291,12 +293,14 @@ def _cut(
         axes[full["N"]] = across.heads
     if "T" in full:
         axes[full["T"]] = across.ring
-        moves.append((full["T"], True))
-    if "S" in full and not gathers:
+        moves.append((full["T"], CUT))
+    if "S" in full and gathers:
+        moves.append((full["S"], GATHERED))
+    elif "S" in full:
         alone = "T" not in full
         role = (TRAVELS if alone else COLUMNS, full["S"] - x.ndim)
         axes[full["S"]] = across.ring if alone else None
-        moves.append((full["S"], alone))
+        moves.append((full["S"], CUT if alone else WHOLE))
     return P(*axes), role, tuple(moves)
 
 
@@ -342,21 +346,24 @@ def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
     first = (entry if across.batch else 0, head, *base)
     moved = ring is not None and not across.arranged
 
-    def arranged(x: Array, axis: int, cut: bool) -> Array:
-        if not moved:
+    def arranged(x: Array, axis: int, how: str = CUT) -> Array:
+        if how == GATHERED and ring is not None and across.arranged:
+            order = layouts.order(across.layout, size, x.shape[axis])
+            return jnp.take(x, np.argsort(order), axis)
+        if not moved or how == GATHERED:
             return x
-        if cut:
+        if how == CUT:
             return layouts.arranged_part(x, across.layout, str(ring), size, axis % x.ndim)
         return jnp.take(x, layouts.order(across.layout, size, x.shape[axis]), axis)
 
     leaves = list(arrays["leaves"])
     for i, moves in enumerate(plan.moves):
-        for axis, cut in moves:
-            leaves[i] = arranged(leaves[i], axis, cut)
+        for axis, how in moves:
+            leaves[i] = arranged(leaves[i], axis, how)
     mask, modifiers, normalizer = jax.tree.unflatten(plan.tree, leaves)
-    query = arranged(query, -2, True)
+    query = arranged(query, -2)
     if not plan.gathers:
-        key, value = (arranged(x, -2, True) for x in (key, value))
+        key, value = (arranged(x, -2) for x in (key, value))
     elif across.arranged:
         key, value = (layouts.natural_part(x, across.layout, str(ring), size, x.ndim - 2)
                       for x in (key, value))  # fmt: skip

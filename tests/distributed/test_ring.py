@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from attnlab import attention, masks, normalizers, scores
 from attnlab.core.attention import spread
-from attnlab.distributed import LAYOUTS, over
+from attnlab.distributed import LAYOUTS, arrange, over, restore
 from tests.core import draw
 
 pytestmark = pytest.mark.usefixtures("lightly_compiled")
@@ -156,18 +156,23 @@ def test_blocks_are_found_by_the_numbers_of_their_tokens(rng):
             assert_equal(results(arrays, mask, (), normalizers.Softmax()), wanted, layout)
 
 
-def test_arrays_in_the_order_of_a_layout_need_no_moves(rng):
-    from attnlab.distributed import arrange, restore
-
+@pytest.mark.parametrize("kind", ["softmax", "sparsemax"])
+def test_arrays_in_the_order_of_a_layout_need_no_moves(kind, rng):
     arrays = [jnp.asarray(x) for x in draw.inputs(SIZE, 1)]
-    bias = jnp.asarray(rng.standard_normal((4, 32, 1)), jnp.float32)
-    wanted = results(arrays, masks.Causal(), scores.Bias(bias), None, implementation="reference")
+    by_key = jnp.asarray(rng.standard_normal((4, 32)), jnp.float32)
+    bias = jnp.asarray(rng.standard_normal((4, 32, 32)), jnp.float32)
+    normalizer = KINDS[kind](rng, 4)
+    terms = scores.Bias(bias), scores.Bias(by_key[:, None])
+    options = {"mask": masks.Causal(), "normalizer": normalizer}
+    wanted = attention(*arrays, modifiers=terms, implementation="reference", **options)
     for layout in LAYOUTS:
         laid = functools.partial(arrange, layout=layout, devices=4)
+        terms = scores.Bias(laid(laid(bias), axis=2)), scores.Bias(laid(by_key)[:, None])
         with over(mesh_of(ring=4), ring="ring", layout=layout, arranged=True) as across:
-            moved = [laid(x) for x in arrays]
-            out = attention(*moved, mask=masks.Causal(), modifiers=scores.Bias(laid(bias)))
-        assert_equal(restore(out, layout, 4), wanted[1], layout)
+            out = jax.jit(lambda *x, terms=terms: attention(*x, modifiers=terms, **options))(
+                *map(laid, arrays)
+            )
+        assert_equal(restore(out, layout, 4), wanted, layout)
         assert across.unit == {"contiguous": 4, "striped": 16, "zigzag": 8}[layout]
 
 
