@@ -36,13 +36,13 @@ from attnlab.core.kernels import (
     kernel_limits,
     missing,
 )
-from attnlab.core.masks import Prefix
 from attnlab.core.reference import Call
 from attnlab.core.scores import whole_rows
 from attnlab.core.spans import Span
 from attnlab.core.terms import axes_of, sized_axes
-from attnlab.core.tiles import Signature, pad_terms
+from attnlab.core.tiles import Signature
 from attnlab.distributed import layouts
+from attnlab.distributed.calls import batch_is_cut, by_index, first_entry, padded
 from attnlab.distributed.linear import Relay
 from attnlab.distributed.meshes import automatic, axis_names, check_axes, on_devices
 from attnlab.distributed.remote import RemoteFolds
@@ -119,7 +119,7 @@ class Across:
         self._check(call, implementation)
         call = _with_equal_heads(front.without_sink(call), self.size("heads"))
         lengths = call.lengths
-        call = _padded(call, self.unit)
+        call = padded(call, *(-n % self.unit for n in lengths))
         plan, arrays = _Plan.of(self, call, implementation, block_sizes, with_lse)
         out, lse = _run(plan, arrays)
         return out[..., : lengths[0], :], lse[..., : lengths[0]]
@@ -196,27 +196,6 @@ def _with_equal_heads(call: Call, devices: int) -> Call:
     return call._replace(key=key, value=value)
 
 
-def _padded(call: Call, unit: int) -> Call:
-    """Lengths that are multiples of `unit`; what was added is seen by nothing."""
-    rows, cols = (-n % unit for n in call.lengths)
-    if not rows and not cols:
-        return call
-
-    def pad(x: Array, amount: int) -> Array:
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, amount), (0, 0)])
-
-    mask, modifiers = (
-        pad_terms(terms, axes_of(terms), rows, cols) for terms in (call.mask, call.modifiers)
-    )
-    if cols:
-        end = call.key_offset + call.lengths[1]
-        mask = mask & Prefix(end)
-    return call._replace(
-        query=pad(call.query, rows), key=pad(call.key, cols), value=pad(call.value, cols),
-        mask=mask, modifiers=modifiers,
-    )  # fmt: skip
-
-
 Role = tuple[str, int]
 Move = tuple[int, str]  # an axis that is CUT over the ring, WHOLE, or whole beside GATHERED keys
 CUT, WHOLE, GATHERED = "cut", "whole", "gathered"
@@ -260,9 +239,7 @@ class _Plan:
             tuple(c[2] for c in cut), call.scale, call.dropout_rate,
             tuple(o if isinstance(o, int) else None for o in offsets),  # type: ignore[arg-type]
             len(batch), _hops(across, call), gathers and across.ring is not None,
-            any(block > 1 for x, tag in zip(leaves, tags, strict=True) if tag
-                for _, _, block in sized_axes(tag, x.ndim)),
-            implementation, block_sizes, with_lse, interpreted(),
+            by_index(call), implementation, block_sizes, with_lse, interpreted(),
         )  # fmt: skip
         arrays = {
             "inputs": (call.query, call.key, call.value),
@@ -284,8 +261,7 @@ def _cut(
     """Of a leaf: how it lies on the mesh, what becomes of it, and which axes to arrange."""
     axes: list[Any] = [None] * x.ndim
     named = sized_axes(tag, x.ndim) if tag else []
-    first = min((axis for _, axis, _ in named), default=x.ndim)
-    if "B" in tag.split() and batch and first == len(batch) and x.shape[0] == batch[0] > 1:
+    if batch_is_cut(x, tag, batch):
         axes[0] = across.batch
     full = {letter: axis for letter, axis, block in named if block == 1 and x.shape[axis] > 1}
     role, moves = (STAYS, 0), []
@@ -338,12 +314,9 @@ def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
         traced if known is None else known
         for known, traced in zip(plan.offsets, arrays["offsets"], strict=True)
     )
-    entry = jnp.int32(0)
-    for name in axis_names(across.batch):
-        entry = entry * across.mesh.shape[name] + jax.lax.axis_index(name)
-    entry = entry * math.prod(query.shape[: plan.batch_rank])
+    entry = first_entry(across.mesh, across.batch, query.shape[: plan.batch_rank])
     head = 0 if across.heads is None else jax.lax.axis_index(across.heads) * query.shape[-3]
-    first = (entry if across.batch else 0, head, *base)
+    first = (entry, head, *base)
     moved = ring is not None and not across.arranged
 
     def arranged(x: Array, axis: int, how: str = CUT) -> Array:

@@ -25,12 +25,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from attnlab.core import attention as front
-from attnlab.core.masks import Prefix
 from attnlab.core.partial import Partial, finish, finite
 from attnlab.core.reference import Call
 from attnlab.core.scores import whole_rows
 from attnlab.core.terms import axes_of, sized_axes
-from attnlab.core.tiles import pad_terms
+from attnlab.distributed.calls import batch_is_cut, by_index, first_entry, padded
 from attnlab.distributed.meshes import automatic, axis_names, check_axes, on_devices
 
 
@@ -123,8 +122,7 @@ class Parts:
         """How an array of the call lies on the mesh; `tag` names its axes."""
         axes: list[Any] = [None] * x.ndim
         named = sized_axes(tag, x.ndim) if tag else []
-        first = min((axis for _, axis, _ in named), default=x.ndim)
-        if "B" in tag.split() and batch and first == len(batch) and x.shape[0] == batch[0] > 1:
+        if batch_is_cut(x, tag, batch):
             axes[0] = self.batch
         for letter, axis, block in named:
             if letter in self.letters and block == 1 and x.shape[axis] > 1:
@@ -176,10 +174,7 @@ def _run(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:
 
 def _on_device(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:
     parts, (query, key, value) = static.parts, arrays["inputs"]
-    entry = jnp.int32(0)
-    for name in parts.over_batch:
-        entry = entry * parts.mesh.shape[name] + jax.lax.axis_index(name)
-    entry = entry * math.prod(query.shape[:-3])
+    entry = first_entry(parts.mesh, parts.batch, query.shape[:-3])
     row, col = (
         traced if known is None else known
         for known, traced in zip(static.offsets, arrays["offsets"], strict=True)
@@ -187,20 +182,10 @@ def _on_device(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:
     mask, modifiers, normalizer = jax.tree.unflatten(static.tree, arrays["leaves"])
     call = Call(
         query, key, value, modifiers, normalizer, mask, row, col, arrays["dropout_key"],
-        static.scale, static.dropout_rate, (entry if parts.over_batch else 0, 0, row, col),
+        static.scale, static.dropout_rate, (entry, 0, row, col),
     )  # fmt: skip
     options = (static.implementation, static.block_sizes, static.with_lse)
     return parts.on_device(call, jax.lax.axis_index(parts.axis), options)
-
-
-def by_index(call: Call) -> bool:
-    """Whether some array holds for whole blocks of queries or keys, found by their numbers."""
-    terms = (call.mask, *call.modifiers, call.normalizer)
-    return any(
-        block > 1
-        for x, tag in zip(jax.tree.leaves(terms), axes_of(terms), strict=True) if tag
-        for _, _, block in sized_axes(tag, jnp.ndim(x))
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,21 +193,7 @@ class Merged(Parts):
     """Queries are whole on every device, keys and values cut; results are merged."""
 
     def prepared(self, call: Call) -> Call:
-        call, keys = super().prepared(call), call.key.shape[-2]
-        short = -keys % self.size
-        if not short:
-            return call
-
-        def pad(x: Array) -> Array:
-            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, short), (0, 0)])
-
-        mask, modifiers = (
-            pad_terms(t, axes_of(t), 0, short) for t in (call.mask, call.modifiers)
-        )  # fmt: skip
-        return call._replace(
-            key=pad(call.key), value=pad(call.value), modifiers=modifiers,
-            mask=mask & Prefix(call.key_offset + keys),
-        )  # fmt: skip
+        return padded(super().prepared(call), 0, -call.key.shape[-2] % self.size)
 
     def on_device(self, call: Call, part: Any, options: tuple[Any, ...]) -> tuple[Array, Array]:
         implementation, block_sizes, _ = options

@@ -36,7 +36,8 @@ from attnlab.core.partial import Partial, finish, merge
 from attnlab.core.reference import Call
 from attnlab.core.spans import Span, same_rank
 from attnlab.core.terms import ArrayLeaf, At, axes_of, leaf, sized_axes, static
-from attnlab.distributed.merge import Parts, by_index
+from attnlab.distributed.calls import by_index
+from attnlab.distributed.merge import Parts
 
 
 class StarMask(Mask):

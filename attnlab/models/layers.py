@@ -18,6 +18,7 @@ from attnlab.core import attention as front
 from attnlab.core.masks import Mask
 from attnlab.core.modules import RMSNorm
 from attnlab.dense.deconstructing_attention import attend_by
+from attnlab.distributed.meshes import on_devices
 
 
 def dropout(
@@ -113,10 +114,8 @@ def _within_shards(
     spec = across.spec("B T F")
     length, shards = x.shape[1], math.prod(across.mesh.shape[name] for name in across.sequence)
     x = jnp.pad(x, [(0, 0), (0, -length % shards), (0, 0)])
-    cut = jax.shard_map(
-        function, mesh=across.mesh, in_specs=(PartitionSpec(), spec), out_specs=spec
-    )
-    return cut(params, x)[:, :length]
+    whole = jax.tree.map(lambda _: PartitionSpec(), params)
+    return on_devices(function, across.mesh, (whole, spec), spec)(params, x)[:, :length]
 
 
 class Block(nnx.Module):

@@ -17,6 +17,7 @@ from attnlab.core.attention import spread
 from attnlab.core.modules import MultiHeadAttention
 from attnlab.distributed.merge import merge_attention, merging
 from tests.core import draw
+from tests.distributed.exact import assert_equal
 
 AUTO = jax.sharding.AxisType.Auto
 SIZE = draw.Sizes((2,), 5, 32, 4, 2, 4, 3)
@@ -45,18 +46,6 @@ def results(attend, arrays, modifiers, normalizer, **options):
 
     grad = jax.grad(loss, (0, 1, 2), has_aux=True, allow_int=True)
     return jax.jit(grad)(arrays, modifiers, normalizer)
-
-
-def assert_equal(found, wanted, words=""):
-    found, tree = jax.tree.flatten(found)
-    wanted, same = jax.tree.flatten(wanted)
-    assert tree == same
-    for a, b in zip(found, wanted, strict=True):
-        assert a.shape == b.shape
-        if jnp.issubdtype(b.dtype, jnp.floating):
-            scale = max(1.0, float(jnp.abs(b).max(initial=0)))
-            off = float(jnp.abs(a - b).max(initial=0))
-            assert off <= 1e-5 * scale, f"{words}: {a.shape} off by {off}, scale {scale}"
 
 
 def assert_merged_equals_whole(cut, size, pair, modifiers, normalizer, seed, **options):

@@ -13,10 +13,10 @@ from attnlab import attention, masks, normalizers, scores
 from attnlab.core.attention import spread
 from attnlab.distributed import LAYOUTS, arrange, over, restore
 from tests.core import draw
+from tests.distributed.exact import assert_equal
 
 pytestmark = pytest.mark.usefixtures("lightly_compiled")
 AUTO = jax.sharding.AxisType.Auto
-EXACT = 1e-5
 KINDS = {
     "softmax": lambda rng, heads: normalizers.Softmax(),
     "sink": lambda rng, heads: normalizers.Softmax(
@@ -46,18 +46,6 @@ def results(arrays, mask, modifiers, normalizer, **options):
 
     grad = jax.grad(loss, (0, 1, 2), has_aux=True, allow_int=True)
     return jax.jit(grad)(arrays, modifiers, normalizer)
-
-
-def assert_equal(found, wanted, words=""):
-    found, tree = jax.tree.flatten(found)
-    wanted, same = jax.tree.flatten(wanted)
-    assert tree == same
-    for a, b in zip(found, wanted, strict=True):
-        assert a.shape == b.shape
-        if jnp.issubdtype(b.dtype, jnp.floating):
-            scale = max(1.0, float(jnp.abs(b).max(initial=0)))
-            off = float(jnp.abs(a - b).max(initial=0))
-            assert off <= EXACT * scale, f"{words}: {a.shape} off by {off}, scale {scale}"
 
 
 def assert_spread_equals_whole(mesh, arguments, size, pair, modifiers, normalizer, seed, **options):
