@@ -8,6 +8,7 @@ import pytest
 
 import attnlab
 from attnlab import atlas, masks
+from attnlab.core.attention import spread
 from tests.contract import support
 from tests.contract.properties import PROPERTIES
 
@@ -196,6 +197,15 @@ def forgets_the_sum(attention, *arrays, return_lse=False, **options):
     return (out[0], jnp.maximum(out[1], 0)) if return_lse else out
 
 
+def sees_only_its_own_keys(attention, query, key, value, *, mask=None, **options):
+    """What a ring that never turns computes."""
+    if spread.get() is not None:
+        half = jnp.arange(key.shape[-3]) >= key.shape[-3] // 2
+        own = masks.ArrayMask(half[:, None] == half[None])
+        mask = own if mask is None else mask & own
+    return attention(query, key, value, mask=mask, **options)
+
+
 DEFECTS = [
     (leaks_one_key_of_the_future, "no leak from the future", "float32"),
     (reads_the_mean_where_nothing_is_visible, "finite at extremes", "float32"),
@@ -222,6 +232,7 @@ DEFECTS = [
     (differs_when_compiled, "jit equals eager", "float32"),
     (takes_anything, "bad input raises", "float32"),
     (forgets_the_sum, "log sum exp", "float32"),
+    (sees_only_its_own_keys, "sharded equals whole", "float32"),
 ]
 
 
