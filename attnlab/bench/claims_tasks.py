@@ -1,4 +1,4 @@
-"""Claims on synthetic tasks: contextual positions, momentum, dual attention."""
+"""Claims on synthetic tasks: contextual positions, momentum, dual attention, stars."""
 
 import dataclasses
 import functools
@@ -7,19 +7,33 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.bench.train import count_parameters
 from attnlab.bench.trial_sizes import Finding, Size, spread
-from attnlab.bench.trials import Trial, answers, matching_width, score
+from attnlab.bench.trials import Lesson, Trial, answers, matching_width, score
+from attnlab.core.masks import Causal, Mask
+from attnlab.distributed.star_attention import StarMask, live_pairs
+from attnlab.models import CausalLM
 from attnlab.models.language_model import MechanismSource
 from attnlab.positional.cope import CoPE
 from attnlab.positional.momentum_attention import MomentumAttention, momentum_for_depth
-from attnlab.tasks import AssociativeRecall, Counting, FlipFlop, SameDifferent, SelectiveCopying
+from attnlab.tasks import (
+    AssociativeRecall,
+    Counting,
+    FlipFlop,
+    Passkey,
+    SameDifferent,
+    SelectiveCopying,
+)
 
 POSITIONS = 64  # of CoPE
 GAMMAS, DEPTHS = (0.0, 0.5, 1.0, 2.0, 4.0), (1, 2, 4)
 SOLVED = 0.9  # of the answers
+KEPT = 0.95  # of full attention's accuracy, as Star Attention promises
 Place = tuple[Any, int]  # a task, and the length of its rows
 
 
@@ -165,3 +179,90 @@ def _fitted(size: Size, id: str, vocab_size: int, wanted: int) -> Size:
         return dataclasses.replace(size, mlp_ratio=(hidden + 0.5) / size.width)
 
     return at(matching_width(lambda hidden: at(hidden).model(id, vocab_size, 0), wanted))
+
+
+def read_passkeys(task: Passkey, size: Size) -> dict[int, CausalLM]:
+    """A model for each seed that has learned to tell passkeys, with full attention.
+
+    In rows of 24 tokens first, of 64 next, and of the size's context at last: short rows teach what
+    a key is, and long ones how far away it may be.  Each stage has a schedule of its own.
+    """
+    models = {
+        seed: CausalLM(
+            task.vocab_size, size.layers, size.width, size.heads, mechanism="rope",
+            mlp_ratio=size.mlp_ratio, rngs=nnx.Rngs(seed),
+        )
+        for seed in size.seeds
+    }  # fmt: skip
+    stages = ((24, size.steps, size.batch), (64, size.steps // 4, size.batch),
+              (size.context, size.steps // 4, max(size.batch // 4, 1)))  # fmt: skip
+    for length, steps, batch in stages:
+        there = dataclasses.replace(
+            size, context=min(length, size.context), steps=max(steps, 1), batch=batch
+        )
+        trial = Trial(models.__getitem__, _passkeys(task, there), there.training)
+        models = {seed: trial.train(seed) for seed in size.seeds}
+    return models
+
+
+def _passkeys(task: Passkey, size: Size) -> Lesson:
+    return Lesson(
+        lambda data, key: task.rows(key, size.batch, size.context),
+        lambda model, rows, key: task.loss(model(rows), rows),
+    )
+
+
+@jax.jit
+def _logits(model: CausalLM, rows: Int[Array, "B L"], mask: Mask) -> Float[Array, "B L V"]:
+    return model(rows, mask=mask)
+
+
+def cut_by_a_border(task: Passkey, rows: Int[Array, "B L"], block: int) -> Bool[np.ndarray, " B"]:
+    """Which rows' keys lie on both sides of a border of blocks that no anchor bridges.
+
+    The second block has the first before it, whole, so that the border between them cuts nothing.
+    """
+    start = np.argmax(np.asarray(rows) == task.base, axis=1)
+    last = (start + task.digits) // block
+    return (start // block != last) & (last > 1)
+
+
+def star_passkey(size: Size) -> Finding:
+    """Passkeys told by stars of a quarter, an eighth and a sixteenth of the context."""
+    task = Passkey(noise=0.3)
+    rows = task.rows(jax.random.key(1_000_003), 1024, size.context)
+    asked = size.context - task.digits - 1
+    blocks = {"a quarter": size.context // 4, "an eighth": size.context // 8,
+              "a sixteenth": size.context // 16}  # fmt: skip
+    kinds: dict[str, Mask] = {"full": Causal()}
+    for name, block in blocks.items():
+        kinds[name] = StarMask(block, block, asked)
+        kinds[f"{name}, no anchor"] = StarMask(block, 0, asked)
+    quarter = blocks["a quarter"]
+    borders = cut_by_a_border(task, rows, quarter)
+    told: dict[str, list[float]] = {name: [] for name in (*kinds, "whole", "cut")}
+    for model in read_passkeys(task, size).values():
+        for name, mask in kinds.items():
+            logits = _logits(model, rows, mask)
+            told[name].append(float(task.accuracy(logits, rows)[0]))
+            if name == "a quarter":
+                for part, these in (("whole", ~borders), ("cut", borders)):
+                    share = task.accuracy(logits[these], rows[these])[0]
+                    told[part].append(float(share))
+
+    def percent(name: str) -> str:
+        return spread([100 * x for x in told[name]], ".1f") + " %"
+
+    pairs = live_pairs(asked, size.context - asked, block_size=quarter)
+    met = (pairs["context"] + pairs["query"]) / pairs["causal"]
+    ours = (
+        f"keys told with full attention: {percent('full')}; by a star with blocks of "
+        + ", ".join(f"{name} {percent(name)}" for name in blocks)
+        + f"; of a quarter without anchor {percent('a quarter, no anchor')}. With a quarter, keys "
+        f"in one block {percent('whole')}, keys cut by a border ({100 * borders.mean():.1f} % of "
+        f"rows) {percent('cut')}, {100 * met:.0f} % of the pairs of full attention"
+    )
+    agrees = [
+        star >= KEPT * full for star, full in zip(told["a quarter"], told["full"], strict=True)
+    ]
+    return Finding(ours, agrees, {"told": told, "cut": float(borders.mean()), "pairs": pairs})

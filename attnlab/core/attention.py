@@ -2,7 +2,6 @@
 
 import contextvars
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ from attnlab.core.scores import ScoreModifier
 from attnlab.core.terms import accumulator
 from attnlab.core.tokamax import tokamax_attention
 
-# What computes a call in place of `solve`; `attnlab.distributed.over` puts a mesh here.
-spread: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("spread", default=None)
+# What computes a call in place of `solve`, and explains it; `attnlab.distributed.over` puts a mesh.
+spread: contextvars.ContextVar[Any] = contextvars.ContextVar("spread", default=None)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -144,9 +143,9 @@ def without_sink(call: Call) -> Call:
 def explain(query: Any, key: Any, value: Any, **options: Any) -> Choice:
     """What `attention(query, key, value, **options)` would run, and why.
 
-    Arrays may be `jax.ShapeDtypeStruct`s; nothing is computed.
+    Arrays may be `jax.ShapeDtypeStruct`s; nothing is computed.  Within `attnlab.distributed.over`
+    it is what a device runs, and the reason says how the call is spread.
     """
-
     return_lse = bool(options.get("return_lse", False))
 
     def look(query: Any, key: Any, value: Any) -> None:
@@ -155,14 +154,21 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> Choice:
         )
         if options:
             raise TypeError(f"explain: unexpected options {sorted(options)}.")
-        choice = choose(call, return_lse)
-        if implementation != "auto":
-            choice = Choice(implementation, "it was asked for", choice.rejected)
-        found.append(choice)
+        across = spread.get()
+        ask = choice if across is None else across.explain
+        found.append(ask(call, implementation, return_lse))
 
     found: list[Choice] = []
     jax.eval_shape(look, query, key, value)
     return found[0]
+
+
+def choice(call: Call, implementation: str, return_lse: bool) -> Choice:
+    """What serves a call on the devices that its arrays are on, and why."""
+    found = choose(call, return_lse)
+    if implementation == "auto":
+        return found
+    return Choice(implementation, "it was asked for", found.rejected)
 
 
 def log_num_visible(query: Any, key: Any, *, mask: Any = None, **options: Any) -> Array:

@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from attnlab.core import attention as front
 from attnlab.core.blockwise import BACKWARD, default_block_sizes
-from attnlab.core.choice import choose
+from attnlab.core.choice import Choice, choose
 from attnlab.core.derivatives import make_solver
 from attnlab.core.folds import Folds
 from attnlab.core.kernels import (
@@ -116,13 +116,32 @@ class Across:
         with_lse: bool,
     ) -> tuple[Array, Array]:
         """Output "*B N T D" and log-sum-exp "*B N T", as `attnlab.core.attention.solve`."""
+        plan, arrays = self._prepared(call, implementation, block_sizes, with_lse)
+        out, lse = _run(plan, arrays)
+        length = call.lengths[0]
+        return out[..., :length, :], lse[..., :length]
+
+    def explain(self, call: Call, implementation: str, with_lse: bool) -> Choice:
+        """What a device runs for a call, and in which way the call is spread."""
+        plan, arrays = self._prepared(call, implementation, None, with_lse)
+        found = []
+
+        def look(arrays: dict[str, Any]) -> tuple[Array, Array]:
+            here, _ = _here(plan, arrays)
+            found.append(_choice(plan, here))
+            out = jax.lax.full_like(arrays["inputs"][0], 0)
+            return out, out[..., 0]
+
+        jax.eval_shape(functools.partial(_on_mesh, look, plan), arrays)
+        return found[0]
+
+    def _prepared(
+        self, call: Call, implementation: str, block_sizes: Any, with_lse: bool
+    ) -> tuple["_Plan", dict[str, Any]]:
         self._check(call, implementation)
         call = _with_equal_heads(front.without_sink(call), self.size("heads"))
-        lengths = call.lengths
-        call = padded(call, *(-n % self.unit for n in lengths))
-        plan, arrays = _Plan.of(self, call, implementation, block_sizes, with_lse)
-        out, lse = _run(plan, arrays)
-        return out[..., : lengths[0], :], lse[..., : lengths[0]]
+        call = padded(call, *(-n % self.unit for n in call.lengths))
+        return _Plan.of(self, call, implementation, block_sizes, with_lse)
 
     def _check(self, call: Call, implementation: str) -> None:
         heads, entries = call.query.shape[-3], call.query.shape[:-3]
@@ -222,6 +241,11 @@ class _Plan:
     with_lse: bool
     interpreted: bool
 
+    @property
+    def turns(self) -> bool:
+        """Whether keys travel."""
+        return self.across.ring is not None and not self.gathers
+
     @classmethod
     def of(
         cls, across: Across, call: Call, implementation: str, block_sizes: Any, with_lse: bool
@@ -294,6 +318,11 @@ def _hops(across: Across, call: Call) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
+    return _on_mesh(functools.partial(_on_device, plan), plan, arrays)
+
+
+def _on_mesh(body: Any, plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
+    """`body` on every device, of its parts of the arrays."""
     spec = plan.inputs_spec()
     specs = {
         "inputs": (spec,) * 3,
@@ -301,12 +330,29 @@ def _run(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
         "offsets": (P(), P()),
         "dropout_key": None if arrays["dropout_key"] is None else P(),
     }
-    body = functools.partial(_on_device, plan)
     return on_devices(body, plan.across.mesh, (specs,), (spec, P(*spec[:-1])))(arrays)
 
 
 def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
     """What one device does with its part."""
+    across = plan.across
+    ring, size = across.ring, across.size("ring")
+    call, offset = _here(plan, arrays)
+    if plan.turns:
+        out, lse = _around(plan, call, offset)
+    else:
+        out, lse = front.solve(call, plan.implementation, plan.block_sizes, plan.with_lse)
+        lse = jnp.zeros(out.shape[:-1], out.dtype) if lse is None else lse
+    if ring is not None and not across.arranged:
+        out, lse = (
+            layouts.natural_part(x, across.layout, ring, size, axis)
+            for x, axis in ((out, out.ndim - 2), (lse, lse.ndim - 1))
+        )
+    return _positions_for_heads(across, out), _positions_for_heads(across, lse[..., None])[..., 0]
+
+
+def _here(plan: _Plan, arrays: dict[str, Any]) -> tuple[Call, Any]:
+    """The call of one device, arranged, and where the keys of a part begin."""
     across = plan.across
     ring, size = across.ring, across.size("ring")
     query, key, value = (_heads_for_positions(across, x) for x in arrays["inputs"])
@@ -355,21 +401,41 @@ def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
         query, key, value, modifiers, normalizer, mask, query_offset, base[1],
         arrays["dropout_key"], plan.scale, plan.dropout_rate, first,
     )  # fmt: skip
-    if ring is None or plan.gathers:
-        if ring is not None:
-            key, value = (jax.lax.all_gather(x, ring, axis=x.ndim - 2, tiled=True)
-                          for x in (key, value))  # fmt: skip
-            call = call._replace(key=key, value=value)
-        out, lse = front.solve(call, plan.implementation, plan.block_sizes, plan.with_lse)
-        lse = jnp.zeros(out.shape[:-1], out.dtype) if lse is None else lse
-    else:
-        out, lse = _around(plan, call, offset)
-    if moved:
-        out, lse = (
-            layouts.natural_part(x, across.layout, str(ring), size, axis)
-            for x, axis in ((out, out.ndim - 2), (lse, lse.ndim - 1))
-        )
-    return _positions_for_heads(across, out), _positions_for_heads(across, lse[..., None])[..., 0]
+    if ring is not None and plan.gathers:
+        key, value = (jax.lax.all_gather(x, ring, axis=x.ndim - 2, tiled=True)
+                      for x in (key, value))  # fmt: skip
+        call = call._replace(key=key, value=value)
+    return call, offset
+
+
+def _choice(plan: _Plan, call: Call) -> Choice:
+    """What serves the call of one device, and the way it is spread."""
+    across = plan.across
+    ways = []
+    if across.batch is not None:
+        ways.append(f"the batch is cut over {across.size('batch')}")
+    if across.heads is not None:
+        ways.append(f"heads are exchanged over {across.size('heads')}")
+    if across.ring is not None and plan.gathers:
+        ways.append(f"keys are gathered from {across.size('ring')}, as whole rows are needed")
+    elif across.ring is not None:
+        ways.append(f"{plan.hops} visits in a ring of {across.size('ring')}, {across.layout}")
+    found = front.choice(call, plan.implementation, plan.with_lse)
+    if plan.turns:
+        found = _choice_of_a_hop(plan, call, found)
+    return dataclasses.replace(found, reason=f"{'; '.join(ways)}; {found.reason}")
+
+
+def _choice_of_a_hop(plan: _Plan, call: Call, found: Choice) -> Choice:
+    name, reason, rejected = found.implementation, found.reason, dict(found.rejected)
+    if plan.implementation == "auto":
+        name = _backend(plan, call) or "blockwise"
+        if name != found.implementation:
+            reason = "a hop's summary is merged with those of others"
+            rejected[found.implementation] = "is taken in a ring when it is asked for"
+            rejected.pop(name)
+    return Choice(name, reason, rejected | dict.fromkeys(
+        ("reference", "xla", "cudnn", "tokamax"), "does not go around a ring"))  # fmt: skip
 
 
 def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:

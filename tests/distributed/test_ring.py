@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnlab import attention, masks, normalizers, scores
+from attnlab import attention, explain, masks, normalizers, scores
 from attnlab.core.attention import spread
+from attnlab.core.inputs import IMPLEMENTATIONS
 from attnlab.distributed import LAYOUTS, arrange, over, restore
 from tests.core import draw
 from tests.distributed.exact import assert_equal
@@ -194,6 +195,27 @@ def test_forward_mode_and_second_derivatives(rng):
     with over(mesh_of(ring=2), ring="ring"):
         found = jax.jit(lambda *x: products(*x))(*arrays)
     assert_equal(found, wanted)
+
+
+def test_explain_says_how_a_call_is_spread():
+    mesh = mesh_of(data=2, ring=2, heads=2)
+    x = jax.ShapeDtypeStruct((2, 64, 4, 8), jnp.float32)
+    with over(mesh, ring="ring", heads="heads", batch="data", layout="zigzag"):
+        choice = explain(x, x, x, mask=masks.Causal())
+        gathered = explain(x, x, x, normalizer=normalizers.Sparsemax())
+        asked = explain(x, x, x, implementation="tpu")
+    assert choice.implementation == "blockwise"
+    for words in ("batch is cut over 2", "heads are exchanged over 2", "2 visits", "zigzag"):
+        assert words in choice.reason
+    assert set(choice.rejected) == set(IMPLEMENTATIONS) - {"blockwise"}
+    assert "gathered" in gathered.reason
+    assert gathered.implementation == "reference"  # alone with all keys
+    assert (asked.implementation, "asked for" in asked.reason) == ("tpu", True)
+    near = masks.SlidingWindow(4)
+    with over(mesh_of(ring=8), ring="ring"):
+        assert explain(x, x, x, mask=near).reason.startswith("2 visits in a ring of 8, contiguous")
+    with over(mesh_of(heads=2), heads="heads"):
+        assert explain(x, x, x, mask=near).implementation == "reference"
 
 
 def test_a_context_ends(rng):
