@@ -19,8 +19,9 @@ from attnlab.bench.trial_sizes import Finding, Size, spread
 from attnlab.bench.trials import Trial, answers, matching_width, score, validation_loss
 from attnlab.core.masks import Causal
 from attnlab.core.rotary import rotate
+from attnlab.distributed.star_attention import StarMask
 from attnlab.models.language_model import CAUSAL_SELF
-from attnlab.tasks import FlipFlop
+from attnlab.tasks import FlipFlop, Passkey
 from attnlab.training import TrainConfig
 
 TINY = dataclasses.replace(quality.QUICK, steps=2)
@@ -316,3 +317,15 @@ def test_every_claim_can_be_tried(name, monkeypatch):
     assert row.cells["seeds"] == 1
     assert "nan" not in row.cells["ours"]
     json.dumps(dict(row.detail))
+
+
+def test_a_key_is_cut_where_a_border_lies_within_it_that_no_anchor_bridges(keys):
+    task, block, length = Passkey(digits=3), 8, 40
+    starts = np.arange(length - task.shortest + 1)
+    depth = jnp.asarray(starts / starts.max(), jnp.float32)
+    rows = task.rows(keys("rows"), len(starts), length, depth=depth)
+    found = claims_tasks.cut_by_a_border(task, rows, block)
+    sees = StarMask(block).dense(length, length).reshape(length, length)
+    for start, cut in zip(starts, found, strict=True):
+        key = slice(start, start + task.digits + 1)
+        assert cut == (not sees[key, key][np.tril_indices(4)].all()), start

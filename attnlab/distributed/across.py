@@ -39,12 +39,12 @@ from attnlab.core.kernels import (
 from attnlab.core.reference import Call
 from attnlab.core.scores import whole_rows
 from attnlab.core.spans import Span
-from attnlab.core.terms import axes_of, sized_axes
+from attnlab.core.terms import sized_axes
 from attnlab.core.tiles import Signature
 from attnlab.distributed import layouts
-from attnlab.distributed.calls import batch_is_cut, by_index, first_entry, padded
+from attnlab.distributed.calls import Arrays, Fixed, batch_is_cut, padded
 from attnlab.distributed.linear import Relay
-from attnlab.distributed.meshes import automatic, axis_names, check_axes, on_devices
+from attnlab.distributed.meshes import automatic, axis_names, check_axes
 from attnlab.distributed.remote import RemoteFolds
 from attnlab.distributed.ring import COLUMNS, STAYS, TRAVELS, RingFolds
 from pallas_kernels.ring import tpu as ring_kernel
@@ -124,20 +124,13 @@ class Across:
     def explain(self, call: Call, implementation: str, with_lse: bool) -> Choice:
         """What a device runs for a call, and in which way the call is spread."""
         plan, arrays = self._prepared(call, implementation, None, with_lse)
-        found = []
-
-        def look(arrays: dict[str, Any]) -> tuple[Array, Array]:
-            here, _ = _here(plan, arrays)
-            found.append(_choice(plan, here))
-            out = jax.lax.full_like(arrays["inputs"][0], 0)
-            return out, out[..., 0]
-
-        jax.eval_shape(functools.partial(_on_mesh, look, plan), arrays)
-        return found[0]
+        return plan.fixed.explain(
+            lambda arrays: _choice(plan, _here(plan, arrays)[0]), arrays, *plan.cuts
+        )
 
     def _prepared(
         self, call: Call, implementation: str, block_sizes: Any, with_lse: bool
-    ) -> tuple["_Plan", dict[str, Any]]:
+    ) -> tuple["_Plan", Arrays]:
         self._check(call, implementation)
         call = _with_equal_heads(front.without_sink(call), self.size("heads"))
         call = padded(call, *(-n % self.unit for n in call.lengths))
@@ -225,58 +218,44 @@ class _Plan:
     """What is static about a call that is spread, so that it is compiled once."""
 
     across: Across
-    tree: Any  # of (mask, modifiers, normalizer)
+    fixed: Fixed
     specs: tuple[P, ...]
     roles: tuple[Role, ...]
     moves: tuple[tuple[Move, ...], ...]  # of each leaf, what is to be arranged
-    scale: float
-    dropout_rate: float
-    offsets: tuple[int | None, int | None]
-    batch_rank: int
     hops: int
     gathers: bool  # whole rows of scores are needed, so that every device gets all keys
-    by_index: bool  # some array holds for whole blocks of queries or keys, found by their numbers
-    implementation: str
-    block_sizes: tuple[int, int] | None
-    with_lse: bool
     interpreted: bool
+
+    @classmethod
+    def of(
+        cls, across: Across, call: Call, implementation: str, block_sizes: Any, with_lse: bool
+    ) -> tuple["_Plan", Arrays]:
+        """The plan, and the arrays that it takes."""
+        fixed, arrays = Fixed.of(
+            across.mesh, across.batch, call, implementation, block_sizes, with_lse
+        )
+        whole = call.normalizer.kind == "row" or whole_rows(call.modifiers) is not None
+        gathers = whole and across.ring is not None
+        cut = [
+            _cut(across, x, tag, fixed.batch, whole)
+            for x, tag in zip(arrays["leaves"], fixed.tags, strict=True)
+        ]
+        plan = cls(
+            across, fixed, tuple(c[0] for c in cut), tuple(c[1] for c in cut),
+            tuple(c[2] for c in cut), _hops(across, call), gathers, interpreted(),
+        )  # fmt: skip
+        return plan, arrays
 
     @property
     def turns(self) -> bool:
         """Whether keys travel."""
         return self.across.ring is not None and not self.gathers
 
-    @classmethod
-    def of(
-        cls, across: Across, call: Call, implementation: str, block_sizes: Any, with_lse: bool
-    ) -> tuple["_Plan", dict[str, Any]]:
-        """The plan, and the arrays that it takes."""
-        terms = (call.mask, call.modifiers, call.normalizer)
-        leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, terms))
-        tags = axes_of(call.mask) + axes_of(call.modifiers) + call.normalizer.axes()
-        gathers = call.normalizer.kind == "row" or whole_rows(call.modifiers) is not None
-        batch = call.query.shape[:-3]
-        cut = [_cut(across, x, tag, batch, gathers) for x, tag in zip(leaves, tags, strict=True)]
-        offsets = (call.query_offset, call.key_offset)
-        plan = cls(
-            across, tree, tuple(c[0] for c in cut), tuple(c[1] for c in cut),
-            tuple(c[2] for c in cut), call.scale, call.dropout_rate,
-            tuple(o if isinstance(o, int) else None for o in offsets),  # type: ignore[arg-type]
-            len(batch), _hops(across, call), gathers and across.ring is not None,
-            by_index(call), implementation, block_sizes, with_lse, interpreted(),
-        )  # fmt: skip
-        arrays = {
-            "inputs": (call.query, call.key, call.value),
-            "leaves": leaves,
-            "offsets": tuple(jnp.asarray(o, jnp.int32) for o in offsets),
-            "dropout_key": call.dropout_key,
-        }
-        return plan, arrays
-
-    def inputs_spec(self) -> P:
-        """Of arrays "*B N T H"."""
-        lead = (self.across.batch, *(None,) * (self.batch_rank - 1)) if self.batch_rank else ()
-        return P(*lead, None, self.across.sequence or None, None)
+    @property
+    def cuts(self) -> tuple[Any, Any, tuple[P, ...]]:
+        """How queries, keys and the arrays of mask, modifiers and normalizer are cut."""
+        sequence = self.across.sequence or None
+        return sequence, sequence, self.specs
 
 
 def _cut(
@@ -317,23 +296,11 @@ def _hops(across: Across, call: Call) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
-    return _on_mesh(functools.partial(_on_device, plan), plan, arrays)
+def _run(plan: _Plan, arrays: Arrays) -> tuple[Array, Array]:
+    return plan.fixed.on_mesh(functools.partial(_on_device, plan), arrays, *plan.cuts)
 
 
-def _on_mesh(body: Any, plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
-    """`body` on every device, of its parts of the arrays."""
-    spec = plan.inputs_spec()
-    specs = {
-        "inputs": (spec,) * 3,
-        "leaves": list(plan.specs),
-        "offsets": (P(), P()),
-        "dropout_key": None if arrays["dropout_key"] is None else P(),
-    }
-    return on_devices(body, plan.across.mesh, (specs,), (spec, P(*spec[:-1])))(arrays)
-
-
-def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
+def _on_device(plan: _Plan, arrays: Arrays) -> tuple[Array, Array]:
     """What one device does with its part."""
     across = plan.across
     ring, size = across.ring, across.size("ring")
@@ -341,7 +308,9 @@ def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
     if plan.turns:
         out, lse = _around(plan, call, offset)
     else:
-        out, lse = front.solve(call, plan.implementation, plan.block_sizes, plan.with_lse)
+        out, lse = front.solve(
+            call, plan.fixed.implementation, plan.fixed.block_sizes, plan.fixed.with_lse
+        )
         lse = jnp.zeros(out.shape[:-1], out.dtype) if lse is None else lse
     if ring is not None and not across.arranged:
         out, lse = (
@@ -351,18 +320,13 @@ def _on_device(plan: _Plan, arrays: dict[str, Any]) -> tuple[Array, Array]:
     return _positions_for_heads(across, out), _positions_for_heads(across, lse[..., None])[..., 0]
 
 
-def _here(plan: _Plan, arrays: dict[str, Any]) -> tuple[Call, Any]:
+def _here(plan: _Plan, arrays: Arrays) -> tuple[Call, Any]:
     """The call of one device, arranged, and where the keys of a part begin."""
     across = plan.across
     ring, size = across.ring, across.size("ring")
-    query, key, value = (_heads_for_positions(across, x) for x in arrays["inputs"])
-    base = tuple(
-        traced if known is None else known
-        for known, traced in zip(plan.offsets, arrays["offsets"], strict=True)
-    )
-    entry = first_entry(across.mesh, across.batch, query.shape[: plan.batch_rank])
-    head = 0 if across.heads is None else jax.lax.axis_index(across.heads) * query.shape[-3]
-    first = (entry, head, *base)
+    inputs = tuple(_heads_for_positions(across, x) for x in arrays["inputs"])
+    heads = inputs[0].shape[-3]
+    head = 0 if across.heads is None else jax.lax.axis_index(across.heads) * heads
     moved = ring is not None and not across.arranged
 
     def arranged(x: Array, axis: int, how: str = CUT) -> Array:
@@ -379,8 +343,8 @@ def _here(plan: _Plan, arrays: dict[str, Any]) -> tuple[Call, Any]:
     for i, moves in enumerate(plan.moves):
         for axis, how in moves:
             leaves[i] = arranged(leaves[i], axis, how)
-    mask, modifiers, normalizer = jax.tree.unflatten(plan.tree, leaves)
-    query = arranged(query, -2)
+    call = plan.fixed.here({**arrays, "inputs": inputs, "leaves": leaves}, head)
+    query, key, value = arranged(call.query, -2), call.key, call.value
     if not plan.gathers:
         key, value = (arranged(x, -2) for x in (key, value))
     elif across.arranged:
@@ -390,21 +354,17 @@ def _here(plan: _Plan, arrays: dict[str, Any]) -> tuple[Call, Any]:
     def offset(part: Any, length: int, base: Any) -> Any:
         if ring is None:
             return base
-        if across.layout != "contiguous" or plan.by_index:
+        if across.layout != "contiguous" or plan.fixed.by_index:
             index = np.arange(length, dtype=np.int32)
             return base + layouts.places(across.layout, part, size, length) - index
         return base + part * length
 
     part = 0 if ring is None else jax.lax.axis_index(ring)
-    query_offset = offset(part, query.shape[-2], base[0])
-    call = Call(
-        query, key, value, modifiers, normalizer, mask, query_offset, base[1],
-        arrays["dropout_key"], plan.scale, plan.dropout_rate, first,
-    )  # fmt: skip
+    query_offset = offset(part, query.shape[-2], call.query_offset)
     if ring is not None and plan.gathers:
         key, value = (jax.lax.all_gather(x, ring, axis=x.ndim - 2, tiled=True)
                       for x in (key, value))  # fmt: skip
-        call = call._replace(key=key, value=value)
+    call = call._replace(query=query, key=key, value=value, query_offset=query_offset)
     return call, offset
 
 
@@ -420,7 +380,7 @@ def _choice(plan: _Plan, call: Call) -> Choice:
         ways.append(f"keys are gathered from {across.size('ring')}, as whole rows are needed")
     elif across.ring is not None:
         ways.append(f"{plan.hops} visits in a ring of {across.size('ring')}, {across.layout}")
-    found = front.choice(call, plan.implementation, plan.with_lse)
+    found = front.choice(call, plan.fixed.implementation, plan.fixed.with_lse)
     if plan.turns:
         found = _choice_of_a_hop(plan, call, found)
     return dataclasses.replace(found, reason=f"{'; '.join(ways)}; {found.reason}")
@@ -428,7 +388,7 @@ def _choice(plan: _Plan, call: Call) -> Choice:
 
 def _choice_of_a_hop(plan: _Plan, call: Call, found: Choice) -> Choice:
     name, reason, rejected = found.implementation, found.reason, dict(found.rejected)
-    if plan.implementation == "auto":
+    if plan.fixed.implementation == "auto":
         name = _backend(plan, call) or "blockwise"
         if name != found.implementation:
             reason = "a hop's summary is merged with those of others"
@@ -447,7 +407,7 @@ def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:
     )
     backend = _backend(plan, call)
     forward, backward = (
-        kernel_blocks(call, backend, plan.block_sizes) if backend else _blocks(plan, call)
+        kernel_blocks(call, backend, plan.fixed.block_sizes) if backend else _blocks(plan, call)
     )
     signature, x, aux = Signature.of(call, forward, backward)
     plain = Folds(signature)
@@ -465,7 +425,7 @@ def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:
     fused = KernelFolds(signature, backend, plan.interpreted, part=True)
     around = dataclasses.replace(folds, inner=fused)
     # Copies of a kernel's own are made where they were asked for; the compiler's else.
-    if plan.implementation == "tpu" and ring_kernel.limits(device()[1]) is None:
+    if plan.fixed.implementation == "tpu" and ring_kernel.limits(device()[1]) is None:
         axis = str(plan.across.ring)
         number = plan.across.mesh.axis_names.index(axis)
         ring = Ring(axis, plan.across.size("ring"), number)
@@ -475,14 +435,14 @@ def _around(plan: _Plan, call: Call, offset: Any) -> tuple[Array, Array]:
 
 def _backend(plan: _Plan, call: Call) -> str | None:
     """The kernel that serves each hop, or None for plain JAX."""
-    name = plan.implementation
+    name = plan.fixed.implementation
     if name not in ("auto", *BACKENDS):
         return None
     hop = _with_fewer_columns(plan, call)
     if name == "auto":
-        return "tpu" if not plan.by_index and choose(hop).implementation == "tpu" else None
-    limit = missing(name) or kernel_limits(hop, name, plan.block_sizes)
-    if plan.by_index:
+        return "tpu" if not plan.fixed.by_index and choose(hop).implementation == "tpu" else None
+    limit = missing(name) or kernel_limits(hop, name, plan.fixed.block_sizes)
+    if plan.fixed.by_index:
         limit = limit or "has no arrays with one entry for a block of positions in a ring"
     if limit:
         raise NotImplementedError(
@@ -503,9 +463,9 @@ def _with_fewer_columns(plan: _Plan, call: Call) -> Call:
 
 
 def _blocks(plan: _Plan, call: Call) -> tuple[tuple[int, int], tuple[int, int]]:
-    if plan.block_sizes is not None:
+    if plan.fixed.block_sizes is not None:
         rows, cols = call.lengths
-        blocks = (min(plan.block_sizes[0], rows), min(plan.block_sizes[1], cols))
+        blocks = (min(plan.fixed.block_sizes[0], rows), min(plan.fixed.block_sizes[1], cols))
         return blocks, blocks
     return default_block_sizes(call), default_block_sizes(call, BACKWARD)
 

@@ -25,12 +25,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from attnlab.core import attention as front
+from attnlab.core.choice import Choice
 from attnlab.core.partial import Partial, finish, finite
 from attnlab.core.reference import Call
 from attnlab.core.scores import whole_rows
-from attnlab.core.terms import axes_of, sized_axes
-from attnlab.distributed.calls import batch_is_cut, by_index, first_entry, padded
-from attnlab.distributed.meshes import automatic, axis_names, check_axes, on_devices
+from attnlab.core.terms import sized_axes
+from attnlab.distributed.calls import Arrays, Fixed, batch_is_cut, by_index, padded
+from attnlab.distributed.meshes import automatic, axis_names, check_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,23 +101,34 @@ class Parts:
         with_lse: bool,
     ) -> tuple[Array, Array]:
         """Output "*B N T D" and log-sum-exp "*B N T", as `attnlab.core.attention.solve`."""
+        fixed, arrays = self._fixed(call, implementation, block_sizes, with_lse)
+        return _run(self, fixed, arrays)
+
+    def explain(self, call: Call, implementation: str, with_lse: bool) -> Choice:
+        """What a device runs for a call."""
+        fixed, arrays = self._fixed(call, implementation, None, with_lse)
+
+        def look(arrays: Arrays) -> Choice:
+            found = front.choice(fixed.here(arrays), implementation, with_lse)
+            return dataclasses.replace(
+                found, reason=f"each of {self.size} has a part of the keys; {found.reason}"
+            )
+
+        return fixed.explain(look, arrays, *self.cuts(fixed, arrays))
+
+    def _fixed(
+        self, call: Call, implementation: str, block_sizes: Any, with_lse: bool
+    ) -> tuple[Fixed, Arrays]:
         call = self.prepared(call)
-        terms = (call.mask, call.modifiers, call.normalizer)
-        leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, terms))
-        tags = axes_of(call.mask) + axes_of(call.modifiers) + call.normalizer.axes()
-        offsets = (call.query_offset, call.key_offset)
-        static = _Static(
-            self, tree, tags, call.query.shape[:-3], call.scale, call.dropout_rate,
-            tuple(o if isinstance(o, int) else None for o in offsets),  # type: ignore[arg-type]
-            implementation, block_sizes, with_lse,
-        )  # fmt: skip
-        arrays = {
-            "inputs": (call.query, call.key, call.value),
-            "leaves": leaves,
-            "offsets": tuple(jnp.asarray(o, jnp.int32) for o in offsets),
-            "dropout_key": call.dropout_key,
-        }
-        return _run(static, arrays)
+        return Fixed.of(self.mesh, self.batch, call, implementation, block_sizes, with_lse)
+
+    def cuts(self, fixed: Fixed, arrays: Arrays) -> tuple[Any, Any, list[P]]:
+        """How queries, keys and the arrays of mask, modifiers and normalizer are cut."""
+        leaves = [
+            self.spec(x, tag, fixed.batch)
+            for x, tag in zip(arrays["leaves"], fixed.tags, strict=True)
+        ]
+        return self.axis if "T" in self.letters else None, self.axis, leaves
 
     def spec(self, x: Any, tag: str, batch: tuple[int, ...]) -> P:
         """How an array of the call lies on the mesh; `tag` names its axes."""
@@ -136,56 +148,14 @@ class Parts:
         return jnp.broadcast_to(offset, (length,)) if by_index else offset
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What is static about a call, so that it is compiled once."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(parts: Parts, fixed: Fixed, arrays: Arrays) -> tuple[Array, Array]:
+    options = (fixed.implementation, fixed.block_sizes, fixed.with_lse)
 
-    parts: Parts
-    tree: Any  # of (mask, modifiers, normalizer)
-    tags: tuple[str, ...]
-    batch: tuple[int, ...]
-    scale: float
-    dropout_rate: float
-    offsets: tuple[int | None, int | None]
-    implementation: str
-    block_sizes: tuple[int, int] | None
-    with_lse: bool
+    def body(arrays: Arrays) -> tuple[Array, Array]:
+        return parts.on_device(fixed.here(arrays), jax.lax.axis_index(parts.axis), options)
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:
-    parts, batch = static.parts, static.batch
-    lead = (parts.batch, *(None,) * (len(batch) - 1)) if batch else ()
-    rows, cols = (
-        P(*lead, None, axis, None)
-        for axis in (parts.axis if "T" in parts.letters else None, parts.axis)
-    )
-    specs = {
-        "inputs": (rows, cols, cols),
-        "leaves": [
-            parts.spec(x, tag, batch) for x, tag in zip(arrays["leaves"], static.tags, strict=True)
-        ],
-        "offsets": (P(), P()),
-        "dropout_key": None if arrays["dropout_key"] is None else P(),
-    }
-    body = functools.partial(_on_device, static)
-    return on_devices(body, parts.mesh, (specs,), (rows, P(*rows[:-1])))(arrays)
-
-
-def _on_device(static: _Static, arrays: dict[str, Any]) -> tuple[Array, Array]:
-    parts, (query, key, value) = static.parts, arrays["inputs"]
-    entry = first_entry(parts.mesh, parts.batch, query.shape[:-3])
-    row, col = (
-        traced if known is None else known
-        for known, traced in zip(static.offsets, arrays["offsets"], strict=True)
-    )
-    mask, modifiers, normalizer = jax.tree.unflatten(static.tree, arrays["leaves"])
-    call = Call(
-        query, key, value, modifiers, normalizer, mask, row, col, arrays["dropout_key"],
-        static.scale, static.dropout_rate, (entry, 0, row, col),
-    )  # fmt: skip
-    options = (static.implementation, static.block_sizes, static.with_lse)
-    return parts.on_device(call, jax.lax.axis_index(parts.axis), options)
+    return fixed.on_mesh(body, arrays, *parts.cuts(fixed, arrays))
 
 
 @dataclasses.dataclass(frozen=True)

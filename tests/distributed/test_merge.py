@@ -12,7 +12,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnlab import attention, masks, normalizers, scores
+from attnlab import attention, explain, masks, normalizers, scores
 from attnlab.core.attention import spread
 from attnlab.core.modules import MultiHeadAttention
 from attnlab.distributed.merge import merge_attention, merging
@@ -55,6 +55,14 @@ def assert_merged_equals_whole(cut, size, pair, modifiers, normalizer, seed, **o
     wanted = results(attention, arrays, *rest, implementation="reference", **options)
     found = results(functools.partial(merge_attention, **cut), arrays, *rest, **options)
     assert_equal(found, wanted, f"{pair.name} {[m.name for m in modifiers]} {normalizer}")
+
+
+def test_explain_says_what_a_device_does_with_its_keys():
+    query, key = (jax.ShapeDtypeStruct((2, n, 4, 8), jnp.float32) for n in (1, 2**24))
+    with merging(mesh_of(keys=4), axis="keys"):
+        choice = explain(query, key, key, query_offset=2**24 - 1)
+    assert choice.reason.startswith("each of 4 has a part of the keys")
+    assert f"{2 * 4 * 2**22:,} scores" in choice.reason  # a device's, not all
 
 
 @pytest.mark.parametrize("name", draw.MASKS)
