@@ -101,7 +101,20 @@ def test_what_reads_whole_sequences_refuses_a_cache_and_keeps_causality(mechanis
     assert not np.allclose(whole[:, 4:], other[:, 4:])
 
 
-@pytest.mark.parametrize("mechanism", sorted({*causal_ids()} - WHOLE_ONLY))
+# One of each kind: keys and values, fewer of them, what few queries need, sums, states.
+KINDS_OF_CACHE = (
+    "multi-head-attention", "rope", "cope", "compressed-convolutional", "multi-token-attention",
+    "linear-transformer", "gated-deltanet", "rwkv7",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        pytest.param(id, marks=[pytest.mark.slow] * (id not in KINDS_OF_CACHE))
+        for id in sorted({*causal_ids()} - WHOLE_ONLY)
+    ],
+)
 def test_cached_decoding_equals_the_whole_forward_and_no_token_sees_the_future(mechanism, tokens):
     graph, state = nnx.split(trained_like(small(mechanism)))
 

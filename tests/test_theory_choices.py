@@ -41,7 +41,12 @@ def rng():
     return np.random.default_rng(25)
 
 
-@pytest.mark.parametrize("name", IDS)
+LONG = ("normalization-limits", "attention-rank")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(id, marks=[pytest.mark.slow] * (id in LONG)) for id in IDS]
+)
 def test_the_same_key_gives_the_same_numbers_and_another_others(name):
     first, again, other = (THEOREMS[name].check(jax.random.key(k)) for k in (7, 7, 8))
     assert first.rows == again.rows

@@ -35,6 +35,7 @@ GAMMAS, DEPTHS = (0.0, 0.5, 1.0, 2.0, 4.0), (1, 2, 4)
 SOLVED = 0.9  # of the answers
 KEPT = 0.95  # of full attention's accuracy, as Star Attention promises
 Place = tuple[Any, int]  # a task, and the length of its rows
+Stages = tuple[tuple[int, int, int], ...]  # of training: length, steps, batch
 
 
 def task_trial(mechanism: MechanismSource, task: Any, size: Size) -> Trial:
@@ -181,11 +182,11 @@ def _fitted(size: Size, id: str, vocab_size: int, wanted: int) -> Size:
     return at(matching_width(lambda hidden: at(hidden).model(id, vocab_size, 0), wanted))
 
 
-def read_passkeys(task: Passkey, size: Size) -> dict[int, CausalLM]:
+def read_passkeys(task: Passkey, size: Size, stages: Stages) -> dict[int, CausalLM]:
     """A model for each seed that has learned to tell passkeys, with full attention.
 
-    In rows of 24 tokens first, of 64 next, and of the size's context at last: short rows teach what
-    a key is, and long ones how far away it may be.  Each stage has a schedule of its own.
+    `stages` are rows' lengths, steps and batches, one after the other, each with a schedule of its
+    own: short rows teach what a key is, and long ones how far away it may be.
     """
     models = {
         seed: CausalLM(
@@ -194,12 +195,8 @@ def read_passkeys(task: Passkey, size: Size) -> dict[int, CausalLM]:
         )
         for seed in size.seeds
     }  # fmt: skip
-    stages = ((24, size.steps, size.batch), (64, size.steps // 4, size.batch),
-              (size.context, size.steps // 4, max(size.batch // 4, 1)))  # fmt: skip
     for length, steps, batch in stages:
-        there = dataclasses.replace(
-            size, context=min(length, size.context), steps=max(steps, 1), batch=batch
-        )
+        there = dataclasses.replace(size, context=length, steps=steps, batch=batch)
         trial = Trial(models.__getitem__, _passkeys(task, there), there.training)
         models = {seed: trial.train(seed) for seed in size.seeds}
     return models
@@ -238,10 +235,16 @@ def star_passkey(size: Size) -> Finding:
     for name, block in blocks.items():
         kinds[name] = StarMask(block, block, asked)
         kinds[f"{name}, no anchor"] = StarMask(block, 0, asked)
+    few = max(size.steps // 4, 1)
+    stages = (
+        (min(24, size.context), size.steps, size.batch),
+        (min(64, size.context), few, size.batch),
+        (size.context, few, max(size.batch // 4, 1)),
+    )
     quarter = blocks["a quarter"]
     borders = cut_by_a_border(task, rows, quarter)
     told: dict[str, list[float]] = {name: [] for name in (*kinds, "whole", "cut")}
-    for model in read_passkeys(task, size).values():
+    for model in read_passkeys(task, size, stages).values():
         for name, mask in kinds.items():
             logits = _logits(model, rows, mask)
             told[name].append(float(task.accuracy(logits, rows)[0]))

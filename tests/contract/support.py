@@ -44,25 +44,23 @@ def subjects(kind: str) -> list:
     ]
 
 
-# What an implementation or a dtype does of its own; all else it shares with the main ones, which
-# are examined in full.
-OWN = (
-    "shape and dtype", "within budget", "gradient vs float64", "masked keys have no influence",
-    "finite at extremes", "bad input raises", "forms agree", "log sum exp",
-)  # fmt: skip
+# What an implementation or a dtype does of its own; all else it shares with the main ones in
+# float32, which are examined in full.
+OWN = ("shape and dtype", "within budget", "gradient vs float64", "finite at extremes",
+       "forms agree")  # fmt: skip
 MAIN = ("blockwise", "chunked")
 
 
 def left_to_slow(entry, implementation: str, dtype: str, name: str) -> bool:
     """Whether a property is examined by `make slow` and `make support` only.
 
-    `jax.nn` and kernels round bfloat16 by rules that their own tests pin down once for all
-    mechanisms.
+    How bfloat16 is rounded by kernels, `jax.nn` and the reference their own tests pin down once for
+    all mechanisms.
     """
-    if implementation in ("xla", "cudnn", "triton") and dtype != "float32":
-        return True
     main = implementation in MAIN or entry.implementations == (implementation,)
-    return name not in OWN and (not main or dtype != "float32")
+    if main and dtype == "float32":
+        return False
+    return (not main and dtype != "float32") or name not in OWN
 
 
 def promises(entry) -> dict:

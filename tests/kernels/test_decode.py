@@ -329,7 +329,11 @@ def test_auto_takes_the_kernel_of_the_device():
 # -- compiled for devices that are not there -------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["v4", "v5e", "v5p", "v6e"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("v5p", "v6e")))
+     for kind in ("v4", "v5e", "v5p", "v6e")],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["pages", "int8 pages"])
 @pytest.mark.skipif(bool(tpu_missing()), reason=str(tpu_missing()))
 def test_compiled_for_a_tpu_the_pool_is_not_copied(kind, name):
