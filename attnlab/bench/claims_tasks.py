@@ -259,11 +259,11 @@ def star_passkey(size: Size) -> Finding:
     pairs = live_pairs(asked, size.context - asked, block_size=quarter)
     met = (pairs["context"] + pairs["query"]) / pairs["causal"]
     ours = (
-        f"keys told with full attention: {percent('full')}; by a star with blocks of "
+        f"keys told with full attention {percent('full')}; by a star with blocks of "
         + ", ".join(f"{name} {percent(name)}" for name in blocks)
-        + f"; of a quarter without anchor {percent('a quarter, no anchor')}. With a quarter, keys "
+        + f"; of a quarter without anchor {percent('a quarter, no anchor')}; with a quarter, keys "
         f"in one block {percent('whole')}, keys cut by a border ({100 * borders.mean():.1f} % of "
-        f"rows) {percent('cut')}, {100 * met:.0f} % of the pairs of full attention"
+        f"rows) {percent('cut')}; with a quarter, {100 * met:.0f} % of the pairs of full attention"
     )
     agrees = [
         star >= KEPT * full for star, full in zip(told["a quarter"], told["full"], strict=True)

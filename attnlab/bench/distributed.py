@@ -281,7 +281,10 @@ def run(save: Any = None, quick: bool = False) -> Result:
         for name in (("causal",) if quick else patterns(length))
         for method in METHODS
     ]
-    notes = []
+    notes = [
+        f"Bytes are what each device sends, {HEADS} heads of width {WIDTH} in float32; memory is "
+        "at a million tokens, 8 heads of width 128 in bfloat16."
+    ]
     if peers.missing():
         notes.append(f"{peers.PACKAGE}: left out, {peers.missing()}.")
     else:
@@ -296,8 +299,5 @@ def run(save: Any = None, quick: bool = False) -> Result:
         rows += _times(QUICK[0][0] if quick else 2**16)
     else:
         notes.append("time: not taken, as host devices share their cores.")
-    title = (
-        f"Attention across devices: {HEADS} heads of width {WIDTH} in float32, bytes that each "
-        "device sends; memory at a million tokens, 8 heads of width 128 in bfloat16"
-    )
+    title = "Attention across devices: what each of them sends, holds and waits for"
     return finish(Result("distributed", title, tuple(rows), tuple(notes)), save)
