@@ -266,6 +266,7 @@ def star_passkey(size: Size) -> Finding:
         f"rows) {percent('cut')}; with a quarter, {100 * met:.0f} % of the pairs of full attention"
     )
     agrees = [
-        star >= KEPT * full for star, full in zip(told["a quarter"], told["full"], strict=True)
+        full >= SOLVED and star >= KEPT * full
+        for star, full in zip(told["a quarter"], told["full"], strict=True)
     ]
     return Finding(ours, agrees, {"told": told, "cut": float(borders.mean()), "pairs": pairs})
