@@ -108,6 +108,10 @@ KINDS_OF_CACHE = (
 )  # fmt: skip
 
 
+def test_the_kinds_of_cache_are_mechanisms_that_have_one():
+    assert {*KINDS_OF_CACHE} <= {*causal_ids()} - WHOLE_ONLY
+
+
 @pytest.mark.parametrize(
     "mechanism",
     [

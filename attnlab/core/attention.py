@@ -143,8 +143,8 @@ def without_sink(call: Call) -> Call:
 def explain(query: Any, key: Any, value: Any, **options: Any) -> Choice:
     """What `attention(query, key, value, **options)` would run, and why.
 
-    Arrays may be `jax.ShapeDtypeStruct`s; nothing is computed.  Within `attnlab.distributed.over`
-    it is what a device runs, and the reason says how the call is spread.
+    Arrays may be `jax.ShapeDtypeStruct`s; nothing is computed.  Where
+    `attnlab.distributed` spreads calls, it is what a device runs, and the reason says how.
     """
     return_lse = bool(options.get("return_lse", False))
 

@@ -4,8 +4,8 @@ import pytest
 
 from tests.kernels import cases
 
-# The Hopper interpreter is slow, so of laws that all kernels obey by the same code it is asked the
-# first few; `make slow`, and any run on a Hopper GPU, asks all.
+# The Hopper interpreter is slow, so `make test` asks it for a part of the laws; `make slow`, and
+# any run on a Hopper GPU, asks for all.
 HOPPER_FEW = ("plain", "causal with bias", "segments with a table", "dropout", "sigmoid",
               "relu squared")  # fmt: skip
 HOPPER_SLOW = (
